@@ -1,0 +1,105 @@
+"""Writing files so that a reader sees the old content or the new content, never a part of either.
+
+Everything is written under a temporary name in the destination's own folder, flushed to disk, then renamed.
+An existing destination is never touched before the new one is complete.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from flexolmo_megatron.errors import FlexOlmoError
+
+TEMPORARY_SUFFIX = ".partial"
+
+
+def fsync_path(path: Path) -> None:
+    """Flush ``path`` (a file or a directory) to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+
+
+def _as_error(path: Path, error: OSError) -> FlexOlmoError:
+    return FlexOlmoError(f"cannot write {path}: {error.strerror or error}; nothing was changed there")
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary file that replaces ``path`` when the block ends without an exception.
+
+    Raises:
+        FlexOlmoError: the file cannot be written (missing folder, full disk, no permission).
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_path(path.parent)
+    except OSError as error:
+        raise _as_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary directory that becomes ``path`` when the block ends without an exception.
+
+    The destination must not exist, or be an empty directory: results are never overwritten.
+
+    Raises:
+        FlexOlmoError: the destination is taken, or cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FlexOlmoError(f"{path} already exists; name a new directory or remove it first")
+    temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                fsync_path(Path(folder, name))
+            fsync_path(Path(folder))
+        if path.exists():
+            path.rmdir()
+        os.replace(temporary, path)
+        fsync_path(path.parent)
+    except OSError as error:
+        raise _as_error(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    with atomic_file(path, "w") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def read_json(path: str | os.PathLike, what: str) -> Any:
+    """Read a JSON file that the user named; ``what`` says in an error what it should have been."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FlexOlmoError(f"{path} does not exist; expected {what}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FlexOlmoError(f"{path} cannot be read as {what}: {error}") from error
