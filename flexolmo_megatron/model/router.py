@@ -1,0 +1,98 @@
+"""The domain router: one row per expert, a bias that never favours an owner, and experts that can be switched off.
+
+logits_e = r_e . x + min(b_e, 0); p = softmax over the allowed experts; top-k of p without renormalisation
+(arXiv 2507.07024, section 3). Computed in fp32.
+
+Legend: s sequence, b batch, T = s * b tokens, H hidden, E experts.
+"""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import router_gating_linear
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor, nn
+
+from flexolmo_megatron.model.config import FlexOlmoTransformerConfig
+
+
+class _NonPositive(torch.autograd.Function):
+    """min(b, 0), with a gradient that lets a bias at or above 0 come down again, and no gradient to push it further up."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(bias)
+        return bias.clamp(max=0)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        (bias,) = ctx.saved_tensors
+        # The optimizer moves against the gradient: a negative one would raise the bias.
+        return torch.where((bias >= 0) & (gradient < 0), 0, gradient)
+
+
+class DomainRouter(TopKRouter):
+    """Megatron's top-k router with the paper's bias and with expert exclusion."""
+
+    allowed_BE: Tensor | None = None
+    """Boolean `[b, E]`, True where a sequence may use an expert; None for all. Set by ``inference/access.py``."""
+
+    def __init__(self, config: FlexOlmoTransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        if config.router_bias:
+            self.bias = self._new_bias(self.num_experts)
+
+    def _new_bias(self, size: int) -> nn.Parameter:
+        # In fp32 whatever the model's type: bf16 would lose the small steps of a value near 0.
+        bias = nn.Parameter(torch.zeros(size, dtype=torch.float32, device=self.weight.device))
+        bias.sequence_parallel = self.config.sequence_parallel
+        return bias
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Map hidden states `[s, b, H]` to fp32 logits `[s, b, E]`; -inf for the experts a sequence may not use."""
+        logits = router_gating_linear(input, self.weight, None, torch.float32)
+        if self.bias is not None:
+            logits = logits + _NonPositive.apply(self.bias.float())
+        if self.allowed_BE is not None:
+            # Replaces whatever an excluded row gave, also NaN.
+            logits = logits.masked_fill(~self.allowed_BE, float("-inf"))
+        return logits
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map logits `[s, b, E]` to probabilities and a boolean map, both `[T, E]`, with at most top-k True per token."""
+        probs, routing_map = super().routing(logits, padding_mask)
+        if self.allowed_BE is not None:
+            # Where fewer than top-k experts are allowed, top-k has filled up with excluded ones at probability 0.
+            # They must not be computed at all: 0 times a NaN weight is NaN.
+            routing_map = routing_map & self.allowed_BE.expand_as(logits).reshape_as(routing_map)
+        return probs, routing_map
+
+
+class PairRouter(DomainRouter):
+    """The router of anchor-coupled training: the anchor's row is frozen, the owner's row and bias train."""
+
+    def __init__(self, config: FlexOlmoTransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        rows = self.weight.data
+        # Two parameters instead of one, so that no gradient or optimizer state exists for the anchor's row.
+        del self.weight
+        self.public_row = nn.Parameter(rows[:1].clone())
+        self.row = nn.Parameter(rows[1:].clone())
+        for parameter in (self.public_row, self.row):
+            parameter.sequence_parallel = config.sequence_parallel
+        if config.router_bias:
+            device = rows.device
+            self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device))
+            self.bias.sequence_parallel = config.sequence_parallel
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Map hidden states `[s, b, H]` to fp32 logits `[s, b, 2]`, the anchor's first."""
+        logits = router_gating_linear(input, torch.cat([self.public_row, self.row]), None, torch.float32)
+        if self.bias is not None:
+            logits = logits + nn.functional.pad(_NonPositive.apply(self.bias), (1, 0))
+        return logits
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Return the owner's share of the routing weight `[s, b, 1]` in fp32; the anchor's is one minus it."""
+        logits = self.gating(input)
+        logits = self.apply_z_loss(logits.flatten(0, 1), padding_mask).view_as(logits)
+        return logits.softmax(dim=-1)[..., 1:]

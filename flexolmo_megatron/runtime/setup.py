@@ -1,0 +1,75 @@
+"""Starting a process: torch.distributed, Megatron's process groups and random states, on CUDA or on the CPU."""
+
+import os
+import warnings
+
+import torch
+
+from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.runtime.versions import check_versions
+
+
+def local_device() -> torch.device:
+    """The device that this process computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def initialize(*, tensor_parallel: int = 1, pipeline_parallel: int = 1, expert_parallel: int = 1, seed: int = 1234) -> None:
+    """Make this process ready to build Megatron modules; calling it again with the same layout does nothing.
+
+    Under torchrun (RANK and WORLD_SIZE set) all processes join one group; elsewhere the process is a world of one.
+
+    Args:
+        tensor_parallel: processes that share every layer's matrices.
+        pipeline_parallel: processes that share the layers.
+        expert_parallel: processes that share a layer's experts.
+        seed: for Megatron's random states (initial weights, dropout).
+
+    Raises:
+        FlexOlmoError: the layout does not fit the number of processes, or a package has a version that was not tested.
+    """
+    check_versions()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    model_parallel = tensor_parallel * pipeline_parallel
+    if min(tensor_parallel, pipeline_parallel, expert_parallel) < 1 or world_size % model_parallel:
+        raise FlexOlmoError(
+            f"parallel.tensor = {tensor_parallel} times parallel.pipeline = {pipeline_parallel} does not divide "
+            f"the number of processes, {world_size}"
+        )
+    if (world_size // model_parallel) % expert_parallel:
+        raise FlexOlmoError(
+            f"parallel.expert = {expert_parallel} does not divide the {world_size // model_parallel} data-parallel processes"
+        )
+    on_cuda = torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        from flexolmo_megatron.runtime.cpu import enable_cpu_runtime
+
+        with warnings.catch_warnings():  # upstream warns at import about each CUDA-only package it does without
+            warnings.simplefilter("ignore")
+            enable_cpu_runtime()
+
+    from megatron.core import parallel_state, tensor_parallel as megatron_tensor_parallel
+
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if on_cuda else "gloo"
+        if "RANK" in os.environ:
+            torch.distributed.init_process_group(backend)
+        else:
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    if parallel_state.model_parallel_is_initialized():
+        layout = (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_world_size(),
+        )
+        if layout != (tensor_parallel, pipeline_parallel, expert_parallel):
+            raise RuntimeError(f"process groups exist for the layout {layout} (tensor, pipeline, expert)")
+    else:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_parallel,
+            pipeline_model_parallel_size=pipeline_parallel,
+            expert_model_parallel_size=expert_parallel,
+        )
+        megatron_tensor_parallel.model_parallel_cuda_manual_seed(seed)

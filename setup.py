@@ -1,0 +1,37 @@
+"""Packaging of flexolmo_megatron. Version ranges are those that were tested together."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="flexolmo-megatron",
+    version="0.1.0",
+    description="FlexOlmo (arXiv 2507.07024) as a plugin for Megatron-core",
+    license="Apache-2.0",
+    packages=find_packages(include=["flexolmo_megatron", "flexolmo_megatron.*"]),
+    package_data={"flexolmo_megatron.config": ["presets/*.yaml"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.17",
+        "numpy>=1.26",
+        "safetensors>=0.5",
+        "omegaconf>=2.3,<2.4",
+        "packaging",
+        "psutil>=5.9",  # dist_checkpointing hangs on save without it
+        "pyarrow>=15",
+        "zstandard>=0.22",
+        "tqdm>=4.66",
+        "rich>=13",
+        "matplotlib>=3.8",
+        "tensorboard>=2.16",
+    ],
+    extras_require={
+        "hf": ["transformers>=4.57,<6"],
+        "embed": ["sentence-transformers>=3", "transformers>=4.57,<6"],
+        "te": ["transformer-engine[pytorch]>=2.11,<3"],
+        "nemo": ["nemo_toolkit==2.7.3", "transformers~=4.57.0"],
+        "bridge": ["megatron-bridge==0.3.1", "transformers~=4.57.0"],
+        "dev": ["transformers>=4.57,<6", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.11"],
+    },
+    entry_points={"console_scripts": ["flexolmo=flexolmo_megatron.cli:main"]},
+)
