@@ -44,8 +44,9 @@ def test_wrong_spec(spec, message):
 
 
 def test_folder_without_a_tokenizer(tmp_path):
-    with pytest.raises(FlexOlmoError, match=f"^cannot load the tokenizer '{tmp_path}': expected 'byte', a folder") as caught:
+    with pytest.raises(FlexOlmoError) as caught:
         load_tokenizer({"type": "huggingface", "path": str(tmp_path)})
+    assert str(caught.value).startswith(f"cannot load the tokenizer '{tmp_path}': expected 'byte', a folder")
     assert "\n" not in str(caught.value)
 
 

@@ -1,0 +1,49 @@
+"""``flexolmo data``: text to a tokenized Megatron data set."""
+
+import argparse
+import os
+import sys
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser(
+        "data", help="JSONL or Parquet text -> Megatron .bin/.idx",
+        description="Tokenize the documents of JSONL and Parquet files into a Megatron data set: PREFIX.bin and "
+                    "PREFIX.idx, and PREFIX.json with the counts. Existing files are never overwritten.")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT",
+                        help="file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet) or quoted pattern, as in "
+                             "'notes/**/*.jsonl'")
+    parser.add_argument("--out", required=True, metavar="PREFIX", help="path of the output without its suffix")
+    parser.add_argument("--tokenizer", default="byte", metavar="NAME",
+                        help="byte (256 bytes and an end-of-document token), or the name or folder of a Hugging Face "
+                             "tokenizer; must be the model's (default: %(default)s)")
+    parser.add_argument("--text-key", default="text", metavar="KEY",
+                        help="key of the JSON objects, or Parquet column, that holds a document (default: %(default)s)")
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--workers", type=int, default=processors, metavar="N",
+                        help="processes that tokenize; the output does not depend on it (default: the usable "
+                             "processors, here %(default)s)")
+    parser.add_argument("--max-bad", type=int, default=100, metavar="N",
+                        help="how many empty or broken documents are skipped before the run stops "
+                             "(default: %(default)s)")
+    parser.add_argument("--valid-share", type=float, default=0.0, metavar="SHARE",
+                        help="share of the documents, from 0 to 1, to set aside for validation: writes PREFIX_train "
+                             "and PREFIX_valid instead of PREFIX (default: no split)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="of the choice of validation documents (default: %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run ``flexolmo data``."""
+    from flexolmo_megatron.training.preprocess import preprocess
+    from flexolmo_megatron.training.tokenizer import tokenizer_spec
+
+    written, bad = preprocess(args.inputs, args.out, tokenizer=tokenizer_spec(args.tokenizer), text_key=args.text_key,
+                              workers=args.workers, max_bad=args.max_bad, valid_share=args.valid_share, seed=args.seed)
+    for prefix, info in written.items():
+        print(f"{prefix}: {info.documents:,} documents, {info.tokens:,} tokens, "
+              f"{info.text_bytes / 1e6:,.1f} MB of text")
+    if bad.counts:
+        print(f"skipped {bad.report()}", file=sys.stderr)
