@@ -122,6 +122,12 @@ class MegatronTensor:
     pieces: tuple[Piece, ...]
     """Disjoint, covering the tensor, in the order of its rows."""
 
+    @property
+    def chunks(self) -> tuple[Box, ...]:
+        """The parts that Megatron on one rank stores apart: one for each canonical tensor, q/k/v together."""
+        interleaved = len({piece.name for piece in self.pieces}) < len(self.pieces)
+        return (whole(self.shape),) if interleaved else tuple(piece.box for piece in self.pieces)
+
 
 class _Shaped(Protocol):
     shape: tuple[int, ...]
