@@ -1,0 +1,176 @@
+"""A package's tensor file, read so that what is used is what was hashed.
+
+The file's SHA-256 is computed in file order while tensors are read in whatever order the reader wants. The state of
+the hash is kept at every tensor boundary: a tensor that is asked for early makes the ones before it be hashed first,
+and one that is asked for again is hashed again from the state before it and must arrive at the state after it. So one
+pass over a file costs one hash of it, and a file that changes between two reads is noticed whatever its timestamps say.
+"""
+
+import hashlib
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexolmo_megatron.convert.lazy import LazyTensor
+from flexolmo_megatron.convert.safetensors_io import TensorInfo, as_bytes, read_exactly, read_header
+from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.exchange.safe_open import looks_pickled
+
+MAX_HEADER_BYTES = 4 * 1024 * 1024
+"""Enough for more than 5,000 layers."""
+
+
+class HashPool:
+    """Threads that hash tensors while their reader goes on (hashlib releases the GIL).
+
+    One pool serves all files of a merge, and few tensors wait in it: memory does not grow with the number of packages.
+    """
+
+    def __init__(self) -> None:
+        workers = min(4, os.cpu_count() or 1)
+        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="sha256")
+        self._pending: deque[Future] = deque()
+        self._limit = workers
+
+    def submit(self, function: Callable[..., None], *args: Any) -> Future:
+        while len(self._pending) >= self._limit:
+            self._pending.popleft().result()
+        future = self._executor.submit(function, *args)
+        self._pending.append(future)
+        return future
+
+    def __enter__(self) -> "HashPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.shutdown(cancel_futures=True)
+
+
+class TensorFile:
+    """An open safetensors file whose header is sound; the contents are checked as they are read, see ``finish``."""
+
+    def __init__(self, descriptor: int, size: int, where: str, pool: HashPool | None = None) -> None:
+        """Take over ``descriptor``, a regular file of ``size`` bytes. Without a pool each read hashes before it returns.
+
+        Raises:
+            FlexOlmoError: not a safetensors file, or one whose header does not describe its ``size`` bytes exactly.
+        """
+        self._descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
+        self.where = where
+        self._pool = pool
+        self._lock = threading.Lock()
+        start = self._read(0, min(size, 8)).numpy().tobytes()
+        if looks_pickled(start):
+            raise FlexOlmoError(f"{where} is a pickle or torch archive, which is never opened; expected a safetensors file")
+        header_end = min(size, 8 + min(int.from_bytes(start, "little"), MAX_HEADER_BYTES))
+        head = self._read(0, header_end)
+        self.entries = self._parse_header()
+        if not torch.equal(head, self._read(0, header_end)):
+            raise self._changed()
+        self._order = list(self.entries.values())
+        self._index = {name: index for index, name in enumerate(self.entries)}
+        self._states = [hashlib.sha256(as_bytes(head))]
+        self._submitted = 0
+        """Tensors handed to the hash in file order so far; those whose state is known may be fewer."""
+        self._last: Future | None = None
+        self._non_finite: str | None = None
+
+    def tensors(self) -> dict[str, LazyTensor]:
+        """The tensors in file order; reading one raises FlexOlmoError if it is not what was hashed before."""
+        return {
+            name: LazyTensor(entry.dtype, entry.shape, lambda name=name: self.read(name)) for name, entry in self.entries.items()
+        }
+
+    def read(self, name: str) -> torch.Tensor:
+        index, entry = self._index[name], self.entries[name]
+        with self._lock:
+            while self._submitted < index:
+                self._submit_next()
+            if self._submitted == index:
+                data = self._submit_next()
+            else:
+                data = self._read(entry.offset, entry.nbytes)
+                self._run(self._compare, index, data)
+        return data.view(entry.dtype).reshape(entry.shape)
+
+    def sha256(self) -> str:
+        """Hash what was not read yet and return the SHA-256 of the whole file."""
+        with self._lock:
+            while self._submitted < len(self._order):
+                self._submit_next()
+            if self._last is not None:
+                self._last.result()
+        return self._states[-1].hexdigest()
+
+    def finish(self, sha256: str) -> None:
+        """Hash what was not read yet, and check the whole.
+
+        Raises:
+            FlexOlmoError: the file's SHA-256 is not ``sha256``, or a tensor holds NaN or infinity.
+        """
+        found = self.sha256()
+        if found != sha256:
+            raise FlexOlmoError(f"{self.where} is damaged or was changed: its sha256 is {found}, the manifest says {sha256}")
+        if self._non_finite is not None:
+            raise FlexOlmoError(f"{self.where}: tensor {self._non_finite} holds NaN or infinity; expected finite numbers only")
+
+    def _parse_header(self) -> dict[str, TensorInfo]:
+        same_file = f"/dev/fd/{self._descriptor}"  # the path may lead elsewhere by now
+        try:
+            return read_header(same_file, MAX_HEADER_BYTES)
+        except FlexOlmoError as error:
+            raise FlexOlmoError(str(error).replace(same_file, self.where)) from None
+
+    def _changed(self) -> FlexOlmoError:
+        return FlexOlmoError(f"{self.where} was changed while it was being used; nothing of it can be trusted")
+
+    def _read(self, offset: int, length: int) -> torch.Tensor:
+        data = torch.empty(length, dtype=torch.uint8)
+        read_exactly(self._descriptor, offset, data, Path(self.where))
+        return data
+
+    def _submit_next(self) -> torch.Tensor:
+        entry = self._order[self._submitted]
+        data = self._read(entry.offset, entry.nbytes)
+        self._run(self._hash_next, self._submitted, data)
+        self._submitted += 1
+        return data
+
+    def _run(self, check: Callable[[int, torch.Tensor], None], index: int, data: torch.Tensor) -> None:
+        if self._pool is None:
+            check(index, data)
+        else:
+            # The pool starts jobs in the order of submission, so waiting inside one for an earlier one cannot deadlock.
+            self._last = self._pool.submit(self._after, self._last, check, index, data)
+
+    @staticmethod
+    def _after(previous: Future | None, check: Callable[[int, torch.Tensor], None], index: int, data: torch.Tensor) -> None:
+        if previous is not None:
+            previous.result()
+        check(index, data)
+
+    def _hash_next(self, index: int, data: torch.Tensor) -> None:
+        self._states.append(self._advanced(index, data))
+        entry = self._order[index]
+        if data.numel() and self._non_finite is None:
+            # NaN spreads to both, and this is one pass without a temporary: isfinite().all() is 50 times slower
+            smallest, largest = torch.aminmax(data.view(entry.dtype))
+            if not (torch.isfinite(smallest) and torch.isfinite(largest)):
+                self._non_finite = list(self.entries)[index]
+
+    def _compare(self, index: int, data: torch.Tensor) -> None:
+        if self._advanced(index, data).digest() != self._states[index + 1].digest():
+            raise self._changed()
+
+    def _advanced(self, index: int, data: torch.Tensor) -> Any:
+        state = self._states[index].copy()
+        state.update(as_bytes(data))
+        return state
