@@ -41,14 +41,16 @@ def _open_sharded(directory: Path) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
     for file_name in sorted(set(weight_map.values())):
         if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
-            raise FlexOlmoError(f"{path} names the file {file_name!r}: expected a .safetensors file in the same directory")
+            raise FlexOlmoError(f"{path} names the file {file_name!r}: expected a .safetensors file in the same "
+                                "directory")
         shard = open_file(directory / file_name)
         listed = {name for name, target in weight_map.items() if target == file_name}
         if absent := sorted(listed - shard.keys()):
-            raise FlexOlmoError(f"{directory / file_name}: tensor {absent[0]} is missing, which {INDEX_FILE} places there")
-        if extra := sorted(shard.keys() - listed):
-            raise FlexOlmoError(f"{directory / file_name}: unexpected tensor {extra[0]}, which {INDEX_FILE} does not place "
+            raise FlexOlmoError(f"{directory / file_name}: tensor {absent[0]} is missing, which {INDEX_FILE} places "
                                 "there")
+        if extra := sorted(shard.keys() - listed):
+            raise FlexOlmoError(f"{directory / file_name}: unexpected tensor {extra[0]}, which {INDEX_FILE} does not "
+                                "place there")
         tensors |= shard
     return tensors
 
@@ -60,8 +62,8 @@ def _open_tensors(directory: Path) -> dict[str, LazyTensor]:
         return _open_sharded(directory)
     pickled = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
     if pickled:
-        raise FlexOlmoError(f"{directory} has its weights in {pickled[0]}, a pickle, which can run code when it is loaded: "
-                            f"expected {SINGLE_FILE} or {INDEX_FILE}")
+        raise FlexOlmoError(f"{directory} has its weights in {pickled[0]}, a pickle, which can run code when it is "
+                            f"loaded: expected {SINGLE_FILE} or {INDEX_FILE}")
     raise FlexOlmoError(f"{directory} has no weights: expected {SINGLE_FILE} or {INDEX_FILE}")
 
 
@@ -90,8 +92,8 @@ def _card(directory: Path, values: dict[str, Any]) -> ModelCard:
     ours, theirs = asdict(card.model), asdict(config)
     for key, value in theirs.items():
         if ours[key] != value:
-            raise FlexOlmoError(f"{directory / CARD_FILE} has model.{key} = {ours[key]!r}: expected {value!r}, as {where} "
-                                "says")
+            raise FlexOlmoError(f"{directory / CARD_FILE} has model.{key} = {ours[key]!r}: expected {value!r}, as "
+                                f"{where} says")
     return replace(card, tokenizer=_tokenizer(directory, values, card.tokenizer))
 
 
@@ -99,8 +101,8 @@ def check_dtypes(tensors: dict[str, LazyTensor], where: str) -> None:
     """Refuse quantised and integer weights, which no part of this package can compute with."""
     for name, tensor in tensors.items():
         if tensor.dtype not in WEIGHT_DTYPES:
-            raise FlexOlmoError(f"{where}: tensor {name} has dtype {str(tensor.dtype).removeprefix('torch.')}: expected "
-                                "bfloat16, float16 or float32")
+            raise FlexOlmoError(f"{where}: tensor {name} has dtype {str(tensor.dtype).removeprefix('torch.')}: "
+                                "expected bfloat16, float16 or float32")
 
 
 def open_huggingface(directory: str | os.PathLike) -> LazyModel:
@@ -109,8 +111,8 @@ def open_huggingface(directory: str | os.PathLike) -> LazyModel:
     Expert names come from its ``flexolmo.json`` if it has one; otherwise they are public, expert_1, expert_2 and so on.
 
     Raises:
-        FlexOlmoError: a file is missing, broken or pickled; the architecture has an option that is not supported; a tensor
-            is missing, unexpected, or of the wrong shape or dtype.
+        FlexOlmoError: a file is missing, broken or pickled; the architecture has an option that is not supported;
+            a tensor is missing, unexpected, or of the wrong shape or dtype.
     """
     directory = Path(directory)
     values = read_json(directory / CONFIG_FILE, "the config.json of a Hugging Face model")
@@ -131,8 +133,8 @@ def describe_bias(model: LazyModel) -> str:
     if not moved:
         return f"all {len(biases)} layers have a bias of 0, so dropping it changes no output"
     largest = max(float(bias.abs().max()) for bias in biases.values())
-    return (f"dropping it raises the routing logit of {len(moved)} of {len(names)} experts ({', '.join(moved)}) by -b, at "
-            f"most {largest:.4g}, so that they are chosen more often and weigh more")
+    return (f"dropping it raises the routing logit of {len(moved)} of {len(names)} experts ({', '.join(moved)}) by "
+            f"-b, at most {largest:.4g}, so that they are chosen more often and weigh more")
 
 
 def _without_bias(model: LazyModel) -> LazyModel:
@@ -159,8 +161,8 @@ def save_huggingface(model: LazyModel, path: str | os.PathLike, drop_bias: bool 
         FlexOlmoError: the model is a pair, has a learned bias and drop_bias is not set, or ``path`` cannot be written.
     """
     if model.card.kind == "pair":
-        raise FlexOlmoError("this checkpoint is a pair, which holds only what its owner trained and is no whole model: expected "
-                            "a dense or merged one (pack the pair and merge it into its anchor first)")
+        raise FlexOlmoError("this checkpoint is a pair, which holds only what its owner trained and is no whole "
+                            "model: expected a dense or merged one (pack the pair and merge it into its anchor first)")
     if model.card.model.router_bias:
         if not drop_bias:
             raise FlexOlmoError("the model has a learned router bias, for which the Hugging Face format has no place: "

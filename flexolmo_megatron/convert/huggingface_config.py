@@ -32,14 +32,15 @@ _FIXED: dict[str, Any] = {
 _PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
 
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
-"""Kept from a Hugging Face directory in the card's ``tokenizer`` entry, as JSON text, so that an export has them again."""
+"""Kept in the card's ``tokenizer`` entry, as JSON text, so that an export has them again."""
 
 
 def _number(values: dict[str, Any], key: str, where: str, kind: type = int) -> Any:
     value = values.get(key)
     accepted = (int, float) if kind is float else (int,)
     if not isinstance(value, accepted) or isinstance(value, bool) or value <= 0:
-        raise FlexOlmoError(f"{where}: {key} = {value!r}: expected a positive {'number' if kind is float else 'integer'}")
+        raise FlexOlmoError(f"{where}: {key} = {value!r}: expected a positive "
+                            f"{'number' if kind is float else 'integer'}")
     return kind(value)
 
 
@@ -55,8 +56,8 @@ def _rope_theta(values: dict[str, Any], where: str) -> float:
         rope |= found
     top, nested = values.get("rope_theta"), rope.get("rope_theta")
     if None not in (top, nested) and top != nested:
-        raise FlexOlmoError(f"{where}: rope_theta = {top!r} but rope_parameters.rope_theta = {nested!r}: expected the same "
-                            "number in both")
+        raise FlexOlmoError(f"{where}: rope_theta = {top!r} but rope_parameters.rope_theta = {nested!r}: expected the "
+                            "same number in both")
     theta = next(value for value in (top, nested, _OMITTED[values["model_type"]]["rope_theta"]) if value is not None)
     return _number({"rope_theta": theta}, "rope_theta", where, float)
 
@@ -107,7 +108,8 @@ def parse_config(values: Any, where: str) -> tuple[ModelConfig, Kind]:
     return config, kind
 
 
-def render_config(config: ModelConfig, kind: Kind, dtype: torch.dtype, special_tokens: dict[str, Any]) -> dict[str, Any]:
+def render_config(config: ModelConfig, kind: Kind, dtype: torch.dtype,
+                  special_tokens: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a ``config.json`` that transformers 4.57 and 5.x both read.
 
     Args:

@@ -19,7 +19,13 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 
 from flexolmo_megatron.convert.lazy import LazyModel
-from flexolmo_megatron.convert.names import MegatronTensor, check_tensors, expected_tensors, fill_region, megatron_tensors
+from flexolmo_megatron.convert.names import (
+    MegatronTensor,
+    check_tensors,
+    expected_tensors,
+    fill_region,
+    megatron_tensors,
+)
 from flexolmo_megatron.files import atomic_directory, write_json
 
 MAX_FILE_BYTES = 5_000_000_000
@@ -74,7 +80,7 @@ def write_megatron(model: LazyModel, directory: Path) -> None:
              for item in _write_items(tensor, model.tensors[tensor.pieces[0].name].dtype)]
     _, metadata = create_default_global_save_plan([SavePlan(items)])
     computes_crc = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)  # zip checksums cost a third of the time and torch.load never checks them
+    torch.serialization.set_crc32_options(False)  # checksums cost time, and torch.load never checks them
     try:
         results = _write_records(directory, items, table, model)
         torch.save({}, directory / "common.pt")
@@ -93,8 +99,8 @@ def save_megatron(model: LazyModel, path: str | os.PathLike) -> None:
         path: a new directory, created whole or not at all.
 
     Raises:
-        FlexOlmoError: a tensor is missing, unexpected or of the wrong shape; tensors that form one Megatron tensor differ in
-            dtype; ``path`` cannot be written.
+        FlexOlmoError: a tensor is missing, unexpected or of the wrong shape; tensors that form one Megatron tensor
+            differ in dtype; ``path`` cannot be written.
     """
     with atomic_directory(path) as directory:
         write_megatron(model, directory)

@@ -21,8 +21,8 @@ from flexolmo_megatron.errors import FlexOlmoError, nearest
 CHECKPOINTS = "checkpoints"
 """Folder of a training run that holds one Megatron checkpoint per saved step, ``step_00000100`` and so on."""
 
-_EXPECTED = ("expected a Hugging Face directory (config.json), a Megatron checkpoint (.metadata and flexolmo.json) or a "
-             "training run (checkpoints/step_*)")
+_EXPECTED = ("expected a Hugging Face directory (config.json), a Megatron checkpoint (.metadata and flexolmo.json) or "
+             "a training run (checkpoints/step_*)")
 
 
 def newest_checkpoint(directory: Path) -> Path | None:

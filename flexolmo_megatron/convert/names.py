@@ -1,4 +1,4 @@
-"""Which part of which Megatron tensor holds which canonical (Hugging Face) tensor: the one table behind every conversion.
+"""Which part of which Megatron tensor holds which canonical (Hugging Face) tensor: the table behind every conversion.
 
 Used on whole files by ``convert/megatron.py`` and on parts of live, sharded parameters by training code: given a
 Megatron key and a region of its global tensor, ``pieces_in`` and ``fill_region`` say which canonical tensors fill it.
@@ -29,9 +29,9 @@ class Rule:
     key: str
     """Megatron key; {l} is the layer."""
     parts: dict[str, str]
-    """Canonical name ({l} layer, {e} expert) -> its shape in letters. {e} gives the Megatron tensor a leading expert axis."""
+    """Canonical name ({l} layer, {e} expert) -> its shape in letters; {e} adds an expert axis in front."""
     interleaved: bool = False
-    """Rows of the parts alternate by query group, as Megatron's fused q/k/v has them, instead of one part after the other."""
+    """Rows of the parts alternate by query group, as in Megatron's fused q/k/v, instead of one part after the other."""
     only_with_bias: bool = False
     """Exists only where config.router_bias is set."""
 
@@ -277,8 +277,8 @@ def fill_region(tensor: MegatronTensor, offsets: tuple[int, ...], sizes: tuple[i
     region = tuple((first, first + size) for first, size in zip(offsets, sizes, strict=True))
     parts = pieces_in(tensor, region)
     if sum(math.prod(last - first for first, last in box) for _, _, box in parts) != math.prod(sizes):
-        raise FlexOlmoError(f"{tensor.key}: region at {list(offsets)} of shape {list(sizes)} does not lie in the tensor's "
-                            f"shape {list(tensor.shape)}")
+        raise FlexOlmoError(f"{tensor.key}: region at {list(offsets)} of shape {list(sizes)} does not lie in the "
+                            f"tensor's shape {list(tensor.shape)}")
     by_name: dict[str, list[tuple[Box, Box]]] = {}
     for name, canonical, box in parts:
         by_name.setdefault(name, []).append((canonical, box))
@@ -287,8 +287,8 @@ def fill_region(tensor: MegatronTensor, offsets: tuple[int, ...], sizes: tuple[i
             raise FlexOlmoError(f"tensor {name} is missing: expected it for {tensor.key}")
     found = {name: tensors[name].dtype for name in by_name}
     if dtype is None and len(set(found.values())) > 1:
-        raise FlexOlmoError(f"{', '.join(f'{name} is {found[name]}' for name in found)}: expected one dtype, because they "
-                            f"form one Megatron tensor, {tensor.key}")
+        raise FlexOlmoError(f"{', '.join(f'{name} is {found[name]}' for name in found)}: expected one dtype, because "
+                            f"they form one Megatron tensor, {tensor.key}")
     if len(parts) == 1 and parts[0][1] == whole(tensors[parts[0][0]].shape):
         read = tensors[parts[0][0]].read()
         return read.reshape(sizes).to(dtype or read.dtype)

@@ -115,13 +115,15 @@ def read_header(path: str | os.PathLike, max_header_bytes: int = MAX_HEADER_BYTE
                 raise FlexOlmoError(f"{path} is not a file: expected a safetensors file")
             start = file.read(8)
             if len(start) < 8:
-                raise FlexOlmoError(f"{path} has {status.st_size} bytes: expected a safetensors file, which has at least 8")
+                raise FlexOlmoError(f"{path} has {status.st_size} bytes: expected a safetensors file, which has at "
+                                    "least 8")
             length = struct.unpack("<Q", start)[0]
             if length > max_header_bytes:
-                raise FlexOlmoError(f"{path}: safetensors header of {length} bytes: expected at most {max_header_bytes}")
+                raise FlexOlmoError(f"{path}: safetensors header of {length} bytes: expected at most "
+                                    f"{max_header_bytes}")
             if 8 + length > status.st_size:
-                raise FlexOlmoError(f"{path} is truncated or no safetensors file: its header should have {length} bytes, "
-                                    f"the whole file has {status.st_size}")
+                raise FlexOlmoError(f"{path} is truncated or no safetensors file: its header should have {length} "
+                                    f"bytes, the whole file has {status.st_size}")
             raw = b""
             while len(raw) < length and (more := file.read(length - len(raw))):
                 raw += more
@@ -139,7 +141,8 @@ def read_header(path: str | os.PathLike, max_header_bytes: int = MAX_HEADER_BYTE
     for name, (info, end) in ordered:
         if info.offset != position:
             kind = "overlaps the one before it" if info.offset < position else "leaves a gap before it"
-            raise FlexOlmoError(f"{path}: tensor {name[:200]!r} {kind}: starts at byte {info.offset}, expected {position}")
+            raise FlexOlmoError(f"{path}: tensor {name[:200]!r} {kind}: starts at byte {info.offset}, expected "
+                                f"{position}")
         position = end
     if position != status.st_size:
         problem = "is truncated" if position > status.st_size else "has trailing bytes"
@@ -219,7 +222,8 @@ def write_tensors(file: IO[bytes], tensors: Mapping[str, LazyTensor], metadata: 
     for name, lazy in ordered:
         tensor = lazy.read().contiguous()
         if tensor.dtype != lazy.dtype or tuple(tensor.shape) != tuple(lazy.shape):
-            raise AssertionError(f"{name} was announced as {lazy.dtype} {lazy.shape}, read {tensor.dtype} {tensor.shape}")
+            raise AssertionError(f"{name} was announced as {lazy.dtype} {lazy.shape}, read {tensor.dtype} "
+                                 f"{tensor.shape}")
         file.write(as_bytes(tensor))
 
 
