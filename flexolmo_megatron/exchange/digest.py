@@ -29,7 +29,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.ite
 
 
 def digest_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable[Buffer]]]) -> str:
-    """Return the digest (64 hexadecimal digits) of ``(name, dtype, shape, chunks of bytes)`` in ascending order of names.
+    """Return the digest of ``(name, dtype, shape, chunks of bytes)``, in ascending order of names: 64 hex digits.
 
     Raises:
         FlexOlmoError: names out of order or repeated, or chunks that do not add up to dtype and shape.
@@ -39,7 +39,8 @@ def digest_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable[B
     for name, dtype, shape, chunks in tensors:
         encoded = name.encode()
         if encoded <= previous or b"\0" in encoded:
-            raise FlexOlmoError(f"tensor {name!r} after {previous.decode()!r}: a digest needs unique names in ascending order")
+            raise FlexOlmoError(f"tensor {name!r} after {previous.decode()!r}: a digest needs unique names in "
+                                "ascending order")
         previous = encoded
         sha.update(b"\0".join((encoded, dtype.encode(), ",".join(map(str, shape)).encode(), b"")))
         length = 0

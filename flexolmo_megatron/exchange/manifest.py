@@ -48,7 +48,7 @@ DP_FIELDS = {"epsilon": float, "delta": float, "noise_multiplier": float, "max_g
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an owner says about an expert. Building one validates it; the values of ``router`` and ``training`` are optional."""
+    """What an owner says about an expert. Building one validates it; all keys of router and training are optional."""
 
     name: str
     """What --experts and --exclude will take."""
@@ -76,7 +76,8 @@ class Manifest:
         for key in ("num_layers", "hidden_size", "ffn_hidden_size"):
             _check_number(f"architecture.{key}", getattr(self.architecture, key), int, smallest=1, largest=MAX_SIZE)
         if self.architecture.dtype not in DTYPES:
-            raise FlexOlmoError(f"architecture.dtype = {_shown(self.architecture.dtype)}: expected one of {', '.join(DTYPES)}")
+            raise FlexOlmoError(f"architecture.dtype = {_shown(self.architecture.dtype)}: expected one of "
+                                f"{', '.join(DTYPES)}")
         _check_fields("router", self.router, ROUTER_FIELDS)
         _check_fields("training", self.training, TRAINING_FIELDS)
         if "dp" in self.training:
@@ -93,8 +94,8 @@ def check_expert_name(name: Any) -> None:
         FlexOlmoError: too long, other characters, "..", or the reserved name of the anchor's own expert.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
-        raise FlexOlmoError(f"expert name {_shown(name)}: expected 1 to 64 of A-Z a-z 0-9 . _ -, starting with a letter "
-                            "or digit and without '..'")
+        raise FlexOlmoError(f"expert name {_shown(name)}: expected 1 to 64 of A-Z a-z 0-9 . _ -, starting with a "
+                            "letter or digit and without '..'")
     if name.lower() == PUBLIC:
         raise FlexOlmoError(f"expert name {name!r} is reserved for the anchor's own expert; choose another")
 
@@ -154,7 +155,8 @@ def parse_strict_json(data: bytes) -> Any:
 
 def printable(text: str) -> str:
     """Return free text with everything that could steer a terminal replaced by its escape."""
-    return "".join(c if c == " " or unicodedata.category(c)[0] not in "CZ" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c == " " or unicodedata.category(c)[0] not in "CZ" else c.encode("unicode_escape").decode()
+                   for c in text)
 
 
 def _shown(value: Any) -> str:

@@ -8,15 +8,13 @@ Tensors (L layers, f FFN size, h hidden size), for each layer l:
 Either every layer has a bias or none.
 """
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
+from flexolmo_megatron.convert.model import watch
 from flexolmo_megatron.convert.safetensors_io import write_tensors
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.digest import DTYPE_NAMES
@@ -134,8 +132,9 @@ def _check_entries(file: TensorFile, architecture: Architecture, has_bias: bool)
             raise FlexOlmoError(f"{file.where}: unexpected tensor {ascii(name[:80])}: an expert has none of that name")
 
 
-def pack(pair: LazyModel, anchor_digest: str | None, out: str | os.PathLike, *, name: str, owner: str = "", licence: str = "",
-         contact: str = "", progress: Callable[[int], object] | None = None) -> Manifest:
+def pack(pair: LazyModel, anchor_digest: str | None, out: str | os.PathLike, *, name: str,
+         owner: str = "", licence: str = "", contact: str = "",
+         progress: Callable[[int], object] | None = None) -> Manifest:
     """Write the package of a trained pair to ``out``, a new directory.
 
     Args:
@@ -152,14 +151,16 @@ def pack(pair: LazyModel, anchor_digest: str | None, out: str | os.PathLike, *, 
     """
     card = pair.card
     if card.kind != "pair":
-        raise FlexOlmoError(f"a checkpoint of kind {card.kind!r} cannot be packed: expected 'pair', what an owner's run writes")
+        raise FlexOlmoError(f"a checkpoint of kind {card.kind!r} cannot be packed: expected 'pair', which an owner's "
+                            "run writes")
     if anchor_digest is None:
         anchor_digest = card.anchor_digest
     if anchor_digest is None:
         raise FlexOlmoError("the checkpoint does not record the anchor it was trained against; name the anchor")
     if card.anchor_digest not in (None, anchor_digest):
-        raise FlexOlmoError(f"the checkpoint was trained against anchor {card.anchor_digest}, not against {anchor_digest}")
-    tensors = _package_tensors(pair)
+        raise FlexOlmoError(f"the checkpoint was trained against anchor {card.anchor_digest}, not against "
+                            f"{anchor_digest}")
+    tensors = _package_tensors(pair if progress is None else watch(pair, progress))
     training = _only(TRAINING_FIELDS, card.training)
     if isinstance(training.get("dp"), dict):
         training["dp"] = _only(DP_FIELDS, training["dp"])
@@ -171,7 +172,7 @@ def pack(pair: LazyModel, anchor_digest: str | None, out: str | os.PathLike, *, 
     )
     with atomic_directory(out) as folder:
         with open(folder / TENSOR_FILE, "wb") as file:
-            write_tensors(file, {key: _reporting(tensor, progress) for key, tensor in tensors.items()})
+            write_tensors(file, tensors)
         # Hash what is on disk, through the reader that every coordinator will use.
         directory = os.open(folder, os.O_RDONLY)
         try:
@@ -179,7 +180,7 @@ def pack(pair: LazyModel, anchor_digest: str | None, out: str | os.PathLike, *, 
         finally:
             os.close(directory)
         _check_entries(written, manifest.architecture, "layers.0.bias" in tensors)
-        manifest = dataclasses.replace(manifest, sha256=written.sha256())
+        manifest = replace(manifest, sha256=written.sha256())
         written.finish(manifest.sha256)
         write_json(folder / MANIFEST_FILE, manifest.to_json())
     return manifest
@@ -190,7 +191,8 @@ def _package_tensors(pair: LazyModel) -> dict[str, LazyTensor]:
     routers, weights = {}, {}
     for layer in range(pair.card.model.num_layers):
         prefix = f"model.layers.{layer}.mlp."
-        routers[f"layers.{layer}.router"] = _reshaped(pair.tensors[prefix + "gate.weight"], (pair.card.model.hidden_size,))
+        row = pair.tensors[prefix + "gate.weight"]
+        routers[f"layers.{layer}.router"] = _reshaped(row, row.shape[1:])
         if prefix + "gate.bias" in pair.tensors:
             routers[f"layers.{layer}.bias"] = _reshaped(pair.tensors[prefix + "gate.bias"], ())
         for projection in PROJECTIONS:
@@ -200,16 +202,6 @@ def _package_tensors(pair: LazyModel) -> dict[str, LazyTensor]:
 
 def _reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
     return replace(tensor, shape=shape, read=lambda: tensor.read().reshape(shape))
-
-
-def _reporting(tensor: LazyTensor, progress: Callable[[int], object] | None) -> LazyTensor:
-    def read() -> torch.Tensor:
-        data = tensor.read()
-        if progress is not None:
-            progress(data.nbytes)
-        return data
-
-    return replace(tensor, read=read)
 
 
 def _only(known: dict[str, type], values: dict) -> dict:

@@ -29,7 +29,8 @@ def open_directory(path: Path, expected_names: tuple[str, ...], what: str) -> in
         with os.scandir(descriptor) as entries:
             for entry in entries:
                 if entry.name.lower().endswith(PICKLE_SUFFIXES):
-                    raise FlexOlmoError(f"{path} holds {ascii(entry.name)}, which may be pickled and is refused; expected {what}")
+                    raise FlexOlmoError(f"{path} holds {ascii(entry.name)}, which may be pickled and is refused; "
+                                        f"expected {what}")
                 if entry.name not in expected_names:
                     raise FlexOlmoError(f"{path} holds the unexpected entry {ascii(entry.name)}; expected {what}")
                 found.add(entry.name)
@@ -61,7 +62,9 @@ def open_regular(directory: int, name: str, where: str) -> tuple[int, int]:
             mode = status.st_mode
     except OSError as error:
         raise FlexOlmoError(f"{where} cannot be read: {error.strerror}") from None
-    kind = "a symbolic link" if stat.S_ISLNK(mode) else "a directory" if stat.S_ISDIR(mode) else "a device, FIFO or socket"
+    kinds = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a directory",
+             stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    kind = kinds.get(stat.S_IFMT(mode), "a device")
     raise FlexOlmoError(f"{where} is {kind}; expected a regular file")
 
 

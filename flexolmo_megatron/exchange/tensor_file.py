@@ -57,7 +57,7 @@ class TensorFile:
     """An open safetensors file whose header is sound; the contents are checked as they are read, see ``finish``."""
 
     def __init__(self, descriptor: int, size: int, where: str, pool: HashPool | None = None) -> None:
-        """Take over ``descriptor``, a regular file of ``size`` bytes. Without a pool each read hashes before it returns.
+        """Take over ``descriptor``, a regular file of ``size`` bytes. Without a pool, a read returns after hashing.
 
         Raises:
             FlexOlmoError: not a safetensors file, or one whose header does not describe its ``size`` bytes exactly.
@@ -69,7 +69,8 @@ class TensorFile:
         self._lock = threading.Lock()
         start = self._read(0, min(size, 8)).numpy().tobytes()
         if looks_pickled(start):
-            raise FlexOlmoError(f"{where} is a pickle or torch archive, which is never opened; expected a safetensors file")
+            raise FlexOlmoError(f"{where} is a pickle or torch archive, which is never opened; expected a safetensors "
+                                "file")
         header_end = min(size, 8 + min(int.from_bytes(start, "little"), MAX_HEADER_BYTES))
         head = self._read(0, header_end)
         self.entries = self._parse_header()
@@ -85,9 +86,8 @@ class TensorFile:
 
     def tensors(self) -> dict[str, LazyTensor]:
         """The tensors in file order; reading one raises FlexOlmoError if it is not what was hashed before."""
-        return {
-            name: LazyTensor(entry.dtype, entry.shape, lambda name=name: self.read(name)) for name, entry in self.entries.items()
-        }
+        return {name: LazyTensor(entry.dtype, entry.shape, lambda name=name: self.read(name))
+                for name, entry in self.entries.items()}
 
     def read(self, name: str) -> torch.Tensor:
         index, entry = self._index[name], self.entries[name]
@@ -118,9 +118,11 @@ class TensorFile:
         """
         found = self.sha256()
         if found != sha256:
-            raise FlexOlmoError(f"{self.where} is damaged or was changed: its sha256 is {found}, the manifest says {sha256}")
+            raise FlexOlmoError(f"{self.where} is damaged or was changed: its sha256 is {found}, the manifest says "
+                                f"{sha256}")
         if self._non_finite is not None:
-            raise FlexOlmoError(f"{self.where}: tensor {self._non_finite} holds NaN or infinity; expected finite numbers only")
+            raise FlexOlmoError(f"{self.where}: tensor {self._non_finite} holds NaN or infinity; expected finite "
+                                "numbers only")
 
     def _parse_header(self) -> dict[str, TensorInfo]:
         same_file = f"/dev/fd/{self._descriptor}"  # the path may lead elsewhere by now
@@ -152,7 +154,8 @@ class TensorFile:
             self._last = self._pool.submit(self._after, self._last, check, index, data)
 
     @staticmethod
-    def _after(previous: Future | None, check: Callable[[int, torch.Tensor], None], index: int, data: torch.Tensor) -> None:
+    def _after(previous: Future | None, check: Callable[[int, torch.Tensor], None], index: int,
+               data: torch.Tensor) -> None:
         if previous is not None:
             previous.result()
         check(index, data)

@@ -3,7 +3,13 @@ import json
 import pytest
 
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.exchange.manifest import MAX_MANIFEST_BYTES, Manifest, check_expert_name, parse_manifest, printable
+from flexolmo_megatron.exchange.manifest import (
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    check_expert_name,
+    parse_manifest,
+    printable,
+)
 
 GOOD = {
     "format_version": 1, "name": "math", "anchor_digest": "a" * 64, "sha256": "b" * 64,
@@ -67,7 +73,8 @@ def arch(**changes):
     (b'{"a": {"b": 1, "b": 2}}', "key 'b' appears twice"),
     (b'{"a": NaN}', "NaN is not a JSON number"),
     (b'{"a": -Infinity}', "-Infinity is not a JSON number"),
-    (json.dumps(changed(training={"lr": 1.5})).replace("1.5", "1e999").encode(), "training.lr = inf: expected a number"),
+    (json.dumps(changed(training={"lr": 1.5})).replace("1.5", "1e999").encode(),
+     "training.lr = inf: expected a number"),
     (b"[" * 60_000, "JSON nested too deeply"),
     (b"1" * 5000, "not valid JSON|expected a JSON object"),
     (b" " * (MAX_MANIFEST_BYTES + 1), "larger than 65536 bytes"),
@@ -78,7 +85,8 @@ def test_refuses(values, message):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 and str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("name", ["", "a" * 65, "a/b", "a\\b", "..", "a..b", ".a", "-a", "a b", "a,b", "a\n", "ä", "a\0", 1, None])
+@pytest.mark.parametrize("name", ["", "a" * 65, "a/b", "a\\b", "..", "a..b", ".a", "-a", "a b", "a,b", "a\n", "ä",
+                                  "a\0", 1, None])
 def test_refuses_names(name):
     with pytest.raises(FlexOlmoError, match="expected 1 to 64 of A-Z"):
         check_expert_name(name)

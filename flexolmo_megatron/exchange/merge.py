@@ -1,0 +1,213 @@
+"""Merging: experts [public, 1 ... n] and router rows [r_public; r_1; ...; r_n], side by side, without joint training.
+
+``merge`` and ``remove`` are compositions of tensors that are read later; ``write_merged`` writes a model and verifies
+the packages in the same pass over their bytes. Other experts' tensors stay bitwise what they were.
+
+A package with a smaller FFN than the anchor's is padded with zeros: an added inner unit computes silu(0) * 0 = 0 and
+its column of down_proj is 0, so it adds exactly 0 to every output.
+
+The router's bias is [0, b_1, ..., b_n] in fp32, and exists only if some package has one.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from flexolmo_megatron.config.card import ExpertRecord, ModelCard
+from flexolmo_megatron.config.model import ModelConfig
+from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
+from flexolmo_megatron.convert.model import exclude_experts, save_model, total_bytes, watch
+from flexolmo_megatron.convert.names import expected_tensors
+from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.exchange.digest import BackgroundDigest
+from flexolmo_megatron.exchange.package import PROJECTIONS, Package, open_package
+from flexolmo_megatron.exchange.tensor_file import HashPool
+from flexolmo_megatron.exchange.verify import AnchorReference, VerifiedPackage, anchor_of, check_fits, without_bias
+from flexolmo_megatron.files import atomic_directory
+
+DEFAULT_TOP_K = 4
+"""Quality plateaus at 4 active experts (arXiv 2507.07024, section 5)."""
+
+
+def merge(base: LazyModel, packages: Sequence[VerifiedPackage], *, top_k: int | None = None) -> LazyModel:
+    """Add experts to a published anchor, or to a model merged from it.
+
+    Args:
+        base: kind "moe", first expert "public".
+        packages: in the order of their new experts, from ``verify``.
+        top_k: active experts; by default min(number of experts, 4), or what a merged ``base`` had if that was chosen.
+
+    Raises:
+        FlexOlmoError: an expert name is taken, a package does not fit ``base`` or the others, or top_k is impossible.
+    """
+    if not all(isinstance(package, VerifiedPackage) for package in packages):
+        raise TypeError("merge takes packages from verify()")
+    return compose(base, packages, top_k=top_k)
+
+
+def compose(base: LazyModel, packages: Sequence[Package], *, top_k: int | None = None) -> LazyModel:
+    """``merge`` of packages whose contents are yet to be checked."""
+    card = base.card
+    reference = AnchorReference.of(base, digest=claimed_anchor(base, packages))
+    for package in packages:
+        check_fits(package, reference)
+    first = card.model.num_experts
+    count = first + len(packages)
+    _check_names([*card.expert_names, *(package.manifest.name for package in packages)])
+    has_bias = card.model.router_bias or any(package.has_bias for package in packages)
+    config = replace(card.model, num_experts=count, router_bias=has_bias,
+                     top_k=_default_top_k(card.model, count) if top_k is None else top_k)
+    tensors = dict(base.tensors)
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}.mlp."
+        for number, package in enumerate(packages, first):
+            for projection in PROJECTIONS:
+                shape = base.tensors[f"{prefix}experts.0.{projection}.weight"].shape
+                part = package.tensors[f"layers.{layer}.{projection}"]
+                tensors[f"{prefix}experts.{number}.{projection}.weight"] = _padded(part, shape)
+        rows = [package.tensors[f"layers.{layer}.router"] for package in packages]
+        tensors[prefix + "gate.weight"] = _appended(base.tensors[prefix + "gate.weight"], rows)
+        if has_bias:
+            known = base.tensors.get(prefix + "gate.bias", _zeros(first))
+            added = [package.tensors[f"layers.{layer}.bias"] if package.has_bias else _zeros() for package in packages]
+            tensors[prefix + "gate.bias"] = _appended(known, added)
+    experts = [*card.experts, *(_record(package) for package in packages)]
+    merged = ModelCard("moe", config, experts, tokenizer=card.tokenizer, anchor_digest=reference.digest)
+    # In the order of the model, which is also the order of each package's file: then it is hashed in one pass.
+    return LazyModel(merged, {name: tensors[name] for name in expected_tensors(config, "moe")})
+
+
+def claimed_anchor(base: LazyModel, packages: Sequence[Package]) -> str | None:
+    """Return the anchor digest that ``base``'s card and all packages agree on; None if none of them gives one.
+
+    Raises:
+        FlexOlmoError: two of them differ.
+    """
+    claims = [(base.card.anchor_digest, "the given model")] if base.card.anchor_digest else []
+    claims += [(package.manifest.anchor_digest, f"package {package.path}") for package in packages]
+    for digest, who in claims:
+        if digest != claims[0][0]:
+            raise FlexOlmoError(f"{who} was trained against anchor {digest}, but {claims[0][1]} belongs to "
+                                f"{claims[0][0]}")
+    return claims[0][0] if claims else None
+
+
+def remove(merged: LazyModel, names: Sequence[str]) -> LazyModel:
+    """Take experts out of a merged model. A router bias that is left with zeros only goes, too.
+
+    Raises:
+        FlexOlmoError: an unknown name, or the anchor's own expert.
+    """
+    rest = exclude_experts(merged, names)
+    biases = [tensor for name, tensor in rest.tensors.items() if name.endswith(".mlp.gate.bias")]
+    return rest if any(bias.read().any() for bias in biases) else without_bias(rest)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What ``write_merged`` wrote."""
+
+    card: ModelCard
+    num_bytes: int
+    """Of the merged model's tensors."""
+    positive_bias_layers: dict[str, list[int]]
+    """Expert name -> layers where the package's bias is above 0 and so has no effect; only experts with such layers."""
+
+
+def write_merged(base: LazyModel, packages: Sequence[str | os.PathLike], out: str | os.PathLike, *,
+                 format: Literal["hf", "megatron"] = "megatron", top_k: int | None = None, drop_bias: bool = False,
+                 progress: Callable[[int], object] | None = None) -> MergeReport:
+    """Merge package directories into ``base`` and write the model to ``out``, which appears complete or not at all.
+
+    Each package is checked as ``verify`` does, and the anchor's digest is computed, while the model is being written
+    under a temporary name; it gets its own name only after both. Every byte of a package is read once and hashed once.
+
+    Args:
+        base: published anchor or merged model, see ``merge``.
+        packages: directories, in the order of their new experts.
+        format: "megatron" or "hf".
+        drop_bias: write a Hugging Face directory although the model has a bias, without it.
+        progress: called with the number of bytes after each tensor of the merged model.
+
+    Raises:
+        FlexOlmoError: a package is refused, or ``out`` exists or cannot be written.
+    """
+    out = Path(out)
+    with HashPool() as pool:
+        opened = [open_package(path, pool) for path in packages]
+        merged = compose(base, opened, top_k=top_k)
+        with atomic_directory(out) as staging:
+            digest = BackgroundDigest(anchor_of(base))
+
+            def check_anchor() -> None:
+                if digest.result() != merged.card.anchor_digest:
+                    raise FlexOlmoError(f"package {opened[0].path} was trained against anchor "
+                                        f"{merged.card.anchor_digest}, but this anchor is {digest.result()}")
+
+            def after_read(count: int) -> None:
+                if digest.ready():
+                    check_anchor()  # rather now than after the rest has been written
+                if progress is not None:
+                    progress(count)
+
+            try:
+                _save(watch(merged, after_read), staging, out, format, drop_bias)
+                for package in opened:
+                    package.check_contents()
+                check_anchor()
+            finally:
+                digest.stop()
+        positive = {package.manifest.name: package.positive_bias_layers() for package in opened}
+    return MergeReport(merged.card, total_bytes(merged), {name: layers for name, layers in positive.items() if layers})
+
+
+def _save(model: LazyModel, staging: Path, out: Path, format: str, drop_bias: bool) -> None:
+    try:
+        save_model(model, staging, format=format, drop_bias=drop_bias)
+    except FlexOlmoError as error:
+        raise FlexOlmoError(str(error).replace(str(staging), str(out))) from error
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for index, name in enumerate(names):
+        if name.lower() in (other.lower() for other in names[:index]):
+            raise FlexOlmoError(f"expert name {name!r} appears twice: every expert of a model needs its own name, and "
+                                "upper and lower case count as the same")
+
+
+def _default_top_k(config: ModelConfig, count: int) -> int:
+    if config.top_k == min(config.num_experts, DEFAULT_TOP_K):
+        return min(count, DEFAULT_TOP_K)
+    return min(count, config.top_k)
+
+
+def _record(package: Package) -> ExpertRecord:
+    m = package.manifest
+    return ExpertRecord(m.name, m.sha256, owner=m.owner, licence=m.licence, contact=m.contact, router=m.router)
+
+
+def _padded(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
+    """Extend with zeros to ``shape``."""
+    if tensor.shape == shape:
+        return tensor
+
+    def read() -> torch.Tensor:
+        result = torch.zeros(shape, dtype=tensor.dtype)
+        result[tuple(slice(size) for size in tensor.shape)] = tensor.read()
+        return result
+
+    return LazyTensor(tensor.dtype, shape, read)
+
+
+def _appended(rows: LazyTensor, added: Sequence[LazyTensor]) -> LazyTensor:
+    """Append tensors of one dimension less, each as one more row."""
+    return LazyTensor(rows.dtype, (rows.shape[0] + len(added), *rows.shape[1:]),
+                      lambda: torch.cat([rows.read(), *(row.read().unsqueeze(0) for row in added)]))
+
+
+def _zeros(*shape: int) -> LazyTensor:
+    return LazyTensor(torch.float32, shape, lambda: torch.zeros(shape))
