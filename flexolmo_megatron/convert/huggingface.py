@@ -3,7 +3,6 @@
 Only safetensors files are read: pickled weights (.bin) are refused, because loading a pickle runs code from it.
 """
 
-import json
 import os
 import shutil
 from dataclasses import asdict, replace
@@ -71,12 +70,11 @@ def _default_experts(count: int) -> list[ExpertRecord]:
     return [ExpertRecord(PUBLIC if number == 0 else f"expert_{number}") for number in range(count)]
 
 
-def _tokenizer(directory: Path, values: dict[str, Any], known: dict[str, str]) -> dict[str, str]:
+def _tokenizer(directory: Path, known: dict[str, str]) -> dict[str, str]:
     """Describe the tokenizer that lies in the directory itself, if one does; ``known`` otherwise."""
-    if not any((directory / name).exists() for name in _TOKENIZER_FILES):
-        return known
-    special = {key: json.dumps(values[key]) for key in SPECIAL_TOKENS if values.get(key) is not None}
-    return {"type": "huggingface", "path": str(directory.resolve()), **special}
+    if any((directory / name).exists() for name in _TOKENIZER_FILES):
+        return {"type": "huggingface", "path": str(directory.resolve())}
+    return known
 
 
 def _card(directory: Path, values: dict[str, Any]) -> ModelCard:
@@ -85,7 +83,7 @@ def _card(directory: Path, values: dict[str, Any]) -> ModelCard:
     config, kind = parse_config(values, where)
     if not (directory / CARD_FILE).exists():
         card = ModelCard(kind, config, _default_experts(config.num_experts))
-        return replace(card, tokenizer=_tokenizer(directory, values, card.tokenizer))
+        return replace(card, tokenizer=_tokenizer(directory, card.tokenizer))
     card = ModelCard.load(directory)
     if card.kind != kind:
         raise FlexOlmoError(f"{directory / CARD_FILE} has kind {card.kind!r}: expected {kind!r}, as {where} says")
@@ -94,7 +92,7 @@ def _card(directory: Path, values: dict[str, Any]) -> ModelCard:
         if ours[key] != value:
             raise FlexOlmoError(f"{directory / CARD_FILE} has model.{key} = {ours[key]!r}: expected {value!r}, as "
                                 f"{where} says")
-    return replace(card, tokenizer=_tokenizer(directory, values, card.tokenizer))
+    return replace(card, tokenizer=_tokenizer(directory, card.tokenizer))
 
 
 def check_dtypes(tensors: dict[str, LazyTensor], where: str) -> None:
@@ -143,8 +141,26 @@ def _without_bias(model: LazyModel) -> LazyModel:
                      {name: tensor for name, tensor in model.tensors.items() if not name.endswith(".mlp.gate.bias")})
 
 
+def _tokenizer_folder(tokenizer: dict[str, str]) -> Path | None:
+    folder = Path(tokenizer.get("path", ""))
+    return folder if tokenizer["type"] == "huggingface" and folder.is_dir() else None
+
+
 def _special_tokens(tokenizer: dict[str, str]) -> dict[str, Any]:
-    return {key: json.loads(tokenizer[key]) for key in SPECIAL_TOKENS if key in tokenizer}
+    """Return the ids that the config.json beside the tokenizer gives; none if there is no such file."""
+    folder = _tokenizer_folder(tokenizer)
+    if folder is None or not (folder / CONFIG_FILE).is_file():
+        return {}
+    values = read_json(folder / CONFIG_FILE, "the config.json of a Hugging Face model")
+    return {key: values[key] for key in SPECIAL_TOKENS if key in values}
+
+
+def _copy_tokenizer(tokenizer: dict[str, str], directory: Path) -> None:
+    """Put the tokenizer beside the weights, where transformers looks for it, if it is a local folder."""
+    folder = _tokenizer_folder(tokenizer)
+    for name in _TOKENIZER_FILES if folder else ():
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, directory / name)
 
 
 def save_huggingface(model: LazyModel, path: str | os.PathLike, drop_bias: bool = False,
@@ -178,13 +194,3 @@ def save_huggingface(model: LazyModel, path: str | os.PathLike, drop_bias: bool 
         card.save(directory)
         _copy_tokenizer(card.tokenizer, directory)
         write_shards(directory, model.tensors, max_shard_bytes)
-
-
-def _copy_tokenizer(tokenizer: dict[str, str], directory: Path) -> None:
-    """Put the tokenizer beside the weights, where transformers looks for it, if it is a local folder."""
-    source = Path(tokenizer.get("path", ""))
-    if tokenizer["type"] != "huggingface" or not source.is_dir():
-        return
-    for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)

@@ -32,7 +32,6 @@ _FIXED: dict[str, Any] = {
 _PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
 
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
-"""Kept in the card's ``tokenizer`` entry, as JSON text, so that an export has them again."""
 
 
 def _number(values: dict[str, Any], key: str, where: str, kind: type = int) -> Any:

@@ -47,9 +47,20 @@ def _write_items(tensor: MegatronTensor, dtype: torch.dtype) -> Iterator[WriteIt
         )
 
 
+def _save(tensor: torch.Tensor, file: IO[bytes]) -> None:
+    """torch.save, but a full disk stays an OSError: torch hides it behind a RuntimeError about its own bookkeeping."""
+    try:
+        torch.save(tensor, file)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise (cause or error) from None
+
+
 def _write_record(file: IO[bytes], file_name: str, item: WriteItem, tensor: torch.Tensor) -> WriteResult:
     start = file.tell()
-    torch.save(tensor, file)
+    _save(tensor, file)
     length = file.tell() - start
     return WriteResult(index=item.index, size_in_bytes=length, storage_data=_StorageInfo(file_name, start, length))
 
