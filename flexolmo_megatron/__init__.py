@@ -14,6 +14,9 @@ __version__ = "0.1.0"
 
 def load_model(path: str | PathLike, **options: Any) -> "Model":
     """Load a model for inference; see ``flexolmo_megatron.inference.model.load_model``."""
+    from flexolmo_megatron.runtime.setup import prepare
+
+    prepare()
     from flexolmo_megatron.inference.model import load_model as load
 
     return load(path, **options)

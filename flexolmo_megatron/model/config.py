@@ -69,6 +69,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        cuda_graph_scope=[],
         router_bias=model.router_bias,
         anchor_ffn_hidden_size=anchor_ffn_hidden_size,
     )

@@ -6,6 +6,7 @@ CUDA-only features work (Transformer Engine, fused kernels, CUDA graphs); those 
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -92,6 +93,8 @@ def enable_cpu_runtime() -> None:
         raise RuntimeError("the CPU runtime is for machines without CUDA")
     # Upstream compiles small functions for CUDA's sake; on the CPU that only costs a compiler run for each.
     torch.compile = _leave_uncompiled
+    if "megatron.core" in sys.modules:  # too late for that, but not for running the compiled ones as they are
+        torch._dynamo.config.disable = True
     _replace_cuda_functions()
     _CudaMeansCpu().__enter__()
 

@@ -1,5 +1,6 @@
 """Starting a process: torch.distributed, Megatron's process groups and random states, on CUDA or on the CPU."""
 
+import logging
 import os
 import warnings
 
@@ -12,6 +13,27 @@ from flexolmo_megatron.runtime.versions import check_versions
 def local_device() -> torch.device:
     """The device that this process computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def prepare() -> None:
+    """Import Megatron-core, on the CPU runtime where there is no CUDA; to be called before any other import of it.
+
+    Raises:
+        FlexOlmoError: a package is missing or has a version that was not tested.
+    """
+    check_versions()
+    with warnings.catch_warnings():  # upstream warns at import about each optional CUDA package that it does without
+        warnings.simplefilter("ignore")
+        if not torch.cuda.is_available():
+            from flexolmo_megatron.runtime.cpu import enable_cpu_runtime
+
+            enable_cpu_runtime()
+        import megatron.core.models.backends
+        import megatron.core.optimizer  # noqa: F401
+    # Megatron asks on every layer whether a pair is a kind of MLP that it knows; it then builds it all the same.
+    logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
+        lambda record: not record.getMessage().startswith("Unknown MLP type")
+    )
 
 
 def initialize(*, tensor_parallel: int = 1, pipeline_parallel: int = 1, expert_parallel: int = 1, seed: int = 1234) -> None:
@@ -28,7 +50,6 @@ def initialize(*, tensor_parallel: int = 1, pipeline_parallel: int = 1, expert_p
     Raises:
         FlexOlmoError: the layout does not fit the number of processes, or a package has a version that was not tested.
     """
-    check_versions()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     model_parallel = tensor_parallel * pipeline_parallel
     if min(tensor_parallel, pipeline_parallel, expert_parallel) < 1 or world_size % model_parallel:
@@ -40,15 +61,10 @@ def initialize(*, tensor_parallel: int = 1, pipeline_parallel: int = 1, expert_p
         raise FlexOlmoError(
             f"parallel.expert = {expert_parallel} does not divide the {world_size // model_parallel} data-parallel processes"
         )
+    prepare()
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    else:
-        from flexolmo_megatron.runtime.cpu import enable_cpu_runtime
-
-        with warnings.catch_warnings():  # upstream warns at import about each CUDA-only package it does without
-            warnings.simplefilter("ignore")
-            enable_cpu_runtime()
 
     from megatron.core import parallel_state, tensor_parallel as megatron_tensor_parallel
 

@@ -1,0 +1,55 @@
+"""``flexolmo VERB …``: parses arguments, calls library functions, turns errors into one sentence and a status."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from flexolmo_megatron import __version__
+from flexolmo_megatron.errors import FlexOlmoError
+
+COMMANDS = ("data", "train", "embed", "convert", "exchange", "generate", "evaluation", "bench")
+"""Modules of ``flexolmo_megatron.commands``, in the order of the help."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="flexolmo",
+        description="FlexOlmo (arXiv 2507.07024) on Megatron-core: data owners train experts apart, a coordinator merges them, "
+        "users switch any owner's data on or off.",
+    )
+    parser.add_argument("--version", action="version", version=f"flexolmo-megatron {__version__}")
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name in COMMANDS:
+        import_module(f"flexolmo_megatron.commands.{name}").register(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
+    try:
+        parser = build_parser()
+        args, rest = parser.parse_known_args(argv)
+        # argparse gives up on KEY=VALUE arguments that follow an option; here they may stand anywhere.
+        if not hasattr(args, "overrides") or any(word.startswith("-") for word in rest):
+            parser.parse_args(argv)
+        else:
+            args.overrides += rest
+        args.run(args)
+    except FlexOlmoError as error:
+        print(f"flexolmo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("flexolmo: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; without this, Python complains again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""``flexolmo train``: anchor, expert, dense and moe runs, in one process or under torchrun."""
+
+import argparse
+
+from flexolmo_megatron.config.load import load_config, preset_names
+
+MODES = {
+    "anchor": "a new public anchor: a dense model from random weights",
+    "expert": "an owner's expert beside the frozen anchor; needs anchor=, expert.name= and expert.domain_vector=",
+    "dense": "a dense model, from anchor= or random weights (baselines)",
+    "moe": "an unrestricted mixture, all weights jointly, from anchor= or random weights (baselines)",
+}
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train an anchor, an owner's expert or a baseline",
+        description="Train, or resume, one run. On several devices: torchrun --nproc-per-node N -m flexolmo_megatron.train MODE …",
+        epilog="options of a run (KEY=VALUE, or in a YAML file):\n\n" + describe_options(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``flexolmo train`` and ``python -m flexolmo_megatron.train`` share."""
+    parser.add_argument("mode", choices=MODES, help="; ".join(f"{name}: {text}" for name, text in MODES.items()))
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file of options; may be repeated, later ones win")
+    parser.add_argument("--preset", choices=preset_names(), help="named sizes and settings to start from")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="single options, for example optimizer.lr=1e-3 model.num_layers=16")
+
+
+def describe_options() -> str:
+    """All options of a run with their defaults and docstrings, as text."""
+    from flexolmo_megatron.config.describe import describe
+    from flexolmo_megatron.config.train import TrainConfig
+
+    return describe(TrainConfig)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the verb."""
+    from flexolmo_megatron.config.train import TrainConfig
+
+    config = load_config(TrainConfig, preset=args.preset, paths=args.config, overrides=args.overrides)
+
+    from flexolmo_megatron.runtime.setup import prepare
+
+    prepare()
+    from flexolmo_megatron.training.loop import train
+
+    train(args.mode, config)

@@ -1,0 +1,106 @@
+"""Reading a run's configuration: defaults, then a preset, then YAML files, then dotted overrides."""
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from flexolmo_megatron.errors import FlexOlmoError, nearest
+
+Schema = TypeVar("Schema")
+
+
+def preset_names() -> list[str]:
+    """Names that ``--preset`` takes."""
+    return sorted(path.name.removesuffix(".yaml") for path in files("flexolmo_megatron.config").joinpath("presets").iterdir())
+
+
+def load_config(
+    schema: type[Schema], *, preset: str | None = None, paths: Sequence[str] = (), overrides: Sequence[str] = ()
+) -> Schema:
+    """Build an instance of ``schema``, later sources overriding earlier ones.
+
+    Args:
+        schema: a dataclass with defaults.
+        preset: name of a file in ``config/presets``.
+        paths: YAML files.
+        overrides: ``dotted.key=value`` strings, the value in YAML.
+
+    Raises:
+        FlexOlmoError: an unknown key (the nearest valid one is offered), a value of a wrong type, a required value
+            that no source gives, or a file that cannot be read.
+    """
+    config = OmegaConf.structured(schema)
+    if preset is not None:
+        if preset not in preset_names():
+            raise FlexOlmoError(f"unknown preset {preset!r}{nearest(preset, preset_names())}; there are {', '.join(preset_names())}")
+        text = files("flexolmo_megatron.config").joinpath("presets", f"{preset}.yaml").read_text()
+        config = _merge(config, OmegaConf.create(text), f"preset {preset}")
+    for path in paths:
+        if not Path(path).is_file():
+            raise FlexOlmoError(f"{path} does not exist; expected a YAML file")
+        try:
+            loaded = OmegaConf.load(path)
+        except Exception as error:  # yaml raises a family of errors that share no base with OmegaConf's
+            raise FlexOlmoError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(loaded, DictConfig):
+            raise FlexOlmoError(f"{path}: expected a mapping of options at the top")
+        config = _merge(config, loaded, path)
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator or not key:
+            raise FlexOlmoError(f"{override!r}: expected an override of the form key=value")
+        try:
+            parsed = OmegaConf.from_dotlist([override])
+        except Exception as error:
+            raise FlexOlmoError(f"{override!r} is not a valid override: {' '.join(str(error).split())}") from error
+        config = _merge(config, parsed, "the command line")
+    try:
+        return OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        raise FlexOlmoError(f"{error.full_key} has no value; set it in a YAML file or with {error.full_key}=…") from None
+
+
+def _merge(config: DictConfig, values: DictConfig, where: str) -> DictConfig:
+    _reject_unknown(config, values, where, "")
+    try:
+        return OmegaConf.merge(config, values)
+    except OmegaConfBaseException as error:
+        reason = str(error.msg or error).splitlines()[0]
+        raise FlexOlmoError(": ".join(filter(None, [where, error.full_key, reason]))) from None
+
+
+def _reject_unknown(config: Any, values: DictConfig, where: str, prefix: str) -> None:
+    """Raise for the first key of ``values`` that ``config`` does not have, offering the nearest one."""
+    for key in values:
+        full_key = f"{prefix}{key}"
+        try:
+            known = OmegaConf.is_missing(config, key) or config[key] is not None or key in config
+        except (ConfigKeyError, ConfigAttributeError):
+            known = False
+        if not known:
+            close = nearest(str(key), map(str, config)) or nearest(str(key), _all_keys(config, ""))
+            raise FlexOlmoError(f"{where}: unknown option {full_key!r}{close}")
+        inner = None if OmegaConf.is_missing(config, key) else config[key]
+        if isinstance(inner, DictConfig) and isinstance(values.get(key), DictConfig):
+            _reject_unknown(inner, values[key], where, f"{full_key}.")
+
+
+def _all_keys(config: DictConfig, prefix: str) -> list[str]:
+    keys = []
+    for key in config:
+        keys.append(f"{prefix}{key}")
+        if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
+            keys += _all_keys(config[key], f"{prefix}{key}.")
+    return keys
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write a configuration as YAML, so that ``paths=[path]`` gives it again."""
+    from flexolmo_megatron.files import atomic_file
+
+    with atomic_file(path, "w") as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.structured(config)))

@@ -1,0 +1,158 @@
+"""The configuration of a training run. Field names are Megatron's arguments where Megatron has one."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from flexolmo_megatron.config.model import ModelConfig
+from flexolmo_megatron.errors import FlexOlmoError
+
+
+@dataclass
+class DataConfig:
+    """What is read."""
+
+    train: list[str] = MISSING
+    """Prefixes of .bin/.idx files from `flexolmo data`; for a blend, weights and prefixes in turn: [0.7, own, 0.3, public]."""
+    valid: list[str] = field(default_factory=list)
+    """The same for validation; empty for no validation."""
+    seq_length: int = 512
+    """Tokens per sample."""
+    cache: str | None = None
+    """Folder for the sample indices; by default `cache` in the run's folder."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule; the defaults are the paper's for an owner's run (section 4.1)."""
+
+    lr: float = 9e-4
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule."""
+    lr_decay_style: str = "cosine"
+    """cosine, linear, constant or WSD (warm-up, stable, decay)."""
+    lr_warmup_iters: int = 0
+    """Steps over which the learning rate rises from 0."""
+    lr_wsd_decay_iters: int = 0
+    """WSD only: steps of the final decay."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 for no clipping."""
+    use_distributed_optimizer: bool = False
+    """Spread optimizer state over the data-parallel processes."""
+
+
+@dataclass
+class ParallelConfig:
+    """How many processes share what; the rest of the processes are data-parallel."""
+
+    tensor: int = 1
+    """Processes that share each layer's matrices."""
+    pipeline: int = 1
+    """Processes that share the layers."""
+    expert: int = 1
+    """Processes that share each layer's experts (moe only)."""
+    sequence: bool = False
+    """Split activations between matrices along the sequence (needs tensor > 1)."""
+
+
+@dataclass
+class ExpertConfig:
+    """What an owner decides (expert runs only)."""
+
+    name: str = ""
+    """Name of the expert (needed): what users of the merged model switch on and off."""
+    domain_vector: str | None = None
+    """File from `flexolmo embed`: where the router row starts. Needed unless random_row."""
+    random_row: bool = False
+    """Ablation: start from a random row instead of a domain vector."""
+    bias: bool = True
+    """Train a bias per layer, used as min(bias, 0). False is the paper's ablation without it."""
+    ffn_hidden_size: int | None = None
+    """Inner width of the expert; by default the anchor's. A narrower one starts from random weights."""
+    coordination: bool = True
+    """Ablation: False trains a dense copy of the anchor without coupling, whose FFNs are then packed as the expert."""
+
+
+@dataclass
+class TrainConfig:
+    """A training run: `flexolmo train anchor|expert|dense|moe`."""
+
+    out: str = MISSING
+    """Folder of the run: checkpoints, metrics.jsonl, tensorboard, config.yaml. An existing run is resumed."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Architecture of a new model; where a run starts from an anchor, the anchor's is used."""
+    anchor: str | None = None
+    """Checkpoint or Hugging Face directory to start from. Needed for an expert; optional for dense and moe."""
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train_iters: int = 1000
+    """Steps of the whole run."""
+    micro_batch_size: int = 4
+    """Sequences that one process computes at a time."""
+    global_batch_size: int = 4
+    """Sequences per step over all processes; above micro_batch_size times the data-parallel size, gradients accumulate."""
+    bf16: bool = False
+    """Compute in bfloat16 with fp32 gradients and master weights; else in fp32."""
+    seed: int = 1234
+    """Of initial weights and the order of samples."""
+    moe_z_loss_coeff: float = 1e-3
+    """Weight of the router z-loss (expert and moe)."""
+    log_interval: int = 10
+    """Steps between lines of progress; metrics.jsonl has every step."""
+    eval_interval: int = 0
+    """Steps between validations; 0 for one at the end."""
+    eval_iters: int = 20
+    """Global batches per validation."""
+    save_interval: int = 0
+    """Steps between checkpoints; 0 for one at the end."""
+    keep: int = 2
+    """Checkpoints to keep; older ones are deleted after a new one is complete."""
+    stop_after: int | None = None
+    """Stop, with a checkpoint, after this many steps of this process (for time-limited jobs); the next start resumes."""
+    def validate(self, data_parallel: int) -> None:
+        """Check what no single field shows.
+
+        Args:
+            data_parallel: data-parallel size of the launch.
+
+        Raises:
+            FlexOlmoError: an impossible value; the message names the field, its value and what was expected.
+        """
+        for name in ("train_iters", "micro_batch_size", "global_batch_size", "log_interval", "eval_iters", "keep"):
+            if getattr(self, name) < 1:
+                raise FlexOlmoError(f"{name} = {getattr(self, name)}: expected at least 1")
+        for name in ("eval_interval", "save_interval"):
+            if getattr(self, name) < 0:
+                raise FlexOlmoError(f"{name} = {getattr(self, name)}: expected 0 or more")
+        step = self.micro_batch_size * data_parallel
+        if self.global_batch_size % step:
+            raise FlexOlmoError(
+                f"global_batch_size = {self.global_batch_size}: expected a multiple of micro_batch_size = "
+                f"{self.micro_batch_size} times the {data_parallel} data-parallel processes"
+            )
+        styles = ("cosine", "linear", "constant", "WSD")
+        if self.optimizer.lr_decay_style not in styles:
+            raise FlexOlmoError(f"optimizer.lr_decay_style = {self.optimizer.lr_decay_style!r}: expected one of {', '.join(styles)}")
+        if not self.optimizer.lr > 0:
+            raise FlexOlmoError(f"optimizer.lr = {self.optimizer.lr}: expected a number above 0")
+        if not 0 <= self.optimizer.lr_warmup_iters < self.train_iters:
+            raise FlexOlmoError(
+                f"optimizer.lr_warmup_iters = {self.optimizer.lr_warmup_iters}: expected 0 to train_iters - 1 = {self.train_iters - 1}"
+            )
+        if self.optimizer.lr_decay_style == "WSD" and not 0 < self.optimizer.lr_wsd_decay_iters <= self.train_iters:
+            raise FlexOlmoError(
+                f"optimizer.lr_wsd_decay_iters = {self.optimizer.lr_wsd_decay_iters}: expected 1 to train_iters = {self.train_iters}"
+            )
+        if self.parallel.sequence and self.parallel.tensor == 1:
+            raise FlexOlmoError("parallel.sequence = true: expected parallel.tensor above 1")

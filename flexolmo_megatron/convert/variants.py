@@ -1,0 +1,53 @@
+"""Models made of another model's tensors: the dense model within an anchor, and experts copied from its FFN."""
+
+from dataclasses import replace
+
+import torch
+
+from flexolmo_megatron.config.card import PUBLIC, ExpertRecord, ModelCard
+from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
+from flexolmo_megatron.errors import FlexOlmoError
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def as_dense(anchor: LazyModel) -> LazyModel:
+    """Return the dense model of a published anchor (one expert) without its router row; a dense model as it is.
+
+    Raises:
+        FlexOlmoError: the model has several experts.
+    """
+    card = anchor.card
+    if card.kind == "dense":
+        return anchor
+    if card.kind != "moe" or card.model.num_experts != 1:
+        raise FlexOlmoError(f"expected a dense model or a published anchor, got one with the experts {card.expert_names}")
+    tensors = {
+        name.replace(".mlp.experts.0.", ".mlp."): tensor
+        for name, tensor in anchor.tensors.items()
+        if ".mlp.gate." not in name
+    }
+    model = replace(card.model, num_experts=0, top_k=0, router_bias=False)
+    return LazyModel(ModelCard(kind="dense", model=model, tokenizer=card.tokenizer), tensors)
+
+
+def upcycle(dense: LazyModel, num_experts: int, top_k: int, seed: int) -> LazyModel:
+    """Return a mixture whose experts all start as the dense model's FFN, with random router rows (unrestricted MoE)."""
+    config = replace(dense.card.model, num_experts=num_experts, top_k=top_k)
+    tensors = {name: tensor for name, tensor in dense.tensors.items() if ".mlp." not in name}
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}.mlp"
+        for expert in range(num_experts):
+            for projection in _PROJECTIONS:
+                tensors[f"{prefix}.experts.{expert}.{projection}.weight"] = dense.tensors[f"{prefix}.{projection}.weight"]
+
+        def rows(layer: int = layer) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(seed * 100_003 + layer)
+            rows_EH = torch.randn(num_experts, config.hidden_size, generator=generator) * config.init_method_std
+            return rows_EH.to(dtype)
+
+        dtype = dense.tensors[f"{prefix}.gate_proj.weight"].dtype
+        tensors[f"{prefix}.gate.weight"] = LazyTensor(dtype, (num_experts, config.hidden_size), rows)
+    names = [PUBLIC, *(f"expert_{index}" for index in range(1, num_experts))]
+    card = ModelCard("moe", config, [ExpertRecord(name) for name in names], tokenizer=dense.card.tokenizer)
+    return LazyModel(card, tensors)

@@ -1,0 +1,43 @@
+"""Freezing everything that came from the anchor, before DDP and optimizer see the model.
+
+Megatron's DistributedDataParallel and optimizer pass over parameters that need no gradient, so a frozen one has no
+gradient buffer and no optimizer state, and its linear layers compute input gradients only (LinearWithFrozenWeight).
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+TRAINED_BY_OWNER = re.compile(r"(^|\.)mlp\.(expert\..*|router\.(row|bias))$")
+"""Names, within a pair model, of what an owner trains; everything else is the anchor's."""
+
+
+def freeze_anchor(model: nn.Module) -> None:
+    """Let only the owner's expert, router row and bias of a pair model train.
+
+    Raises:
+        ValueError: the model has none of these.
+    """
+    trained = 0
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(TRAINED_BY_OWNER.search(name) is not None)
+        trained += parameter.requires_grad
+    if not trained:
+        raise ValueError("not a pair model: no parameter of an owner's expert was found")
+
+
+def frozen_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield name and parameter of everything that does not train."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad)
+
+
+def frozen_fingerprint(model: nn.Module) -> str:
+    """sha256 over this rank's frozen parameters: equal before and after a run if, and only if, no bit has moved."""
+    digest = hashlib.sha256()
+    for name, parameter in frozen_parameters(model):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
