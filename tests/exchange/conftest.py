@@ -66,8 +66,9 @@ class RawPackage:
             self.manifest["sha256"] = hashlib.sha256(tensor_file).hexdigest()
         path.mkdir()
         (path / "expert.safetensors").write_bytes(tensor_file)
-        text = json.dumps(self.manifest, indent=2).encode()
-        (path / "manifest.json").write_bytes(text if manifest is None else manifest)
+        if manifest is None:
+            manifest = json.dumps(self.manifest, indent=2).encode()
+        (path / "manifest.json").write_bytes(manifest)
         return path
 
     def manifest_text(self, tensor_file: bytes | None = None) -> str:
