@@ -49,7 +49,13 @@ class DomainRouter(TopKRouter):
 
     def gating(self, input: Tensor) -> Tensor:
         """Map hidden states `[s, b, H]` to fp32 logits `[s, b, E]`; -inf for the experts a sequence may not use."""
-        logits = router_gating_linear(input, self.weight, None, torch.float32)
+        if self.training:
+            logits = router_gating_linear(input, self.weight, None, torch.float32)
+        else:
+            # A matrix product rounds differently with another number of rows. One product per expert makes its logit
+            # bitwise that of a model from which other experts were removed.
+            hidden = input.float()
+            logits = torch.stack([hidden @ row for row in self.weight.float()], dim=-1)
         if self.bias is not None:
             logits = logits + _NonPositive.apply(self.bias.float())
         if self.allowed_BE is not None:

@@ -1,0 +1,82 @@
+"""The two-expert model that an owner trained: the published anchor and the owner's pair checkpoint, side by side.
+
+Unlike a merge of packages it needs no package: for an owner who looks at a run before handing anything over.
+"""
+
+import os
+from dataclasses import asdict, replace
+
+import torch
+
+from flexolmo_megatron.config.model import ModelConfig
+from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
+from flexolmo_megatron.convert.model import open_model
+from flexolmo_megatron.convert.names import expected_tensors
+from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.exchange.digest import model_digest
+
+
+def open_anchor(pair: LazyModel, path: str | os.PathLike | None = None) -> LazyModel:
+    """Open the anchor that ``pair`` was trained against, and check that it is that one (reads all of it).
+
+    Args:
+        pair: of kind pair.
+        path: where the anchor is now; None for where it was when the pair was trained.
+
+    Raises:
+        FlexOlmoError: there is no anchor, or another one.
+    """
+    path = path or pair.card.anchor_path
+    if path is None:
+        raise FlexOlmoError("the pair's card has no anchor_path: name the anchor that it was trained against")
+    try:
+        anchor = open_model(path)
+    except FlexOlmoError as error:
+        raise FlexOlmoError(f"a pair needs the anchor that it was trained against: {error}") from error
+    if anchor.card.kind != "moe" or anchor.card.model.num_experts != 1:
+        raise FlexOlmoError(f"{path} is a {anchor.card.kind} model with {anchor.card.model.num_experts} experts: "
+                            "expected the pair's anchor, a moe model with one expert")
+    digest = model_digest(anchor)
+    if digest != pair.card.anchor_digest:
+        raise FlexOlmoError(f"{path} has the digest {digest}: expected the pair's anchor, {pair.card.anchor_digest}")
+    return anchor
+
+
+def _joined(first: LazyTensor, second: LazyTensor) -> LazyTensor:
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    return LazyTensor(dtype, (first.shape[0] + second.shape[0], *first.shape[1:]),
+                      lambda: torch.cat([first.read().to(dtype), second.read().to(dtype)]))
+
+
+def _widened(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
+    """Extend with zeros: an inner unit of zeros adds exactly 0 to the output."""
+    if tensor.shape == shape:
+        return tensor
+
+    def read() -> torch.Tensor:
+        result = torch.zeros(shape, dtype=tensor.dtype)
+        result[tuple(slice(size) for size in tensor.shape)] = tensor.read()
+        return result
+
+    return LazyTensor(tensor.dtype, shape, read)
+
+
+def couple(anchor: LazyModel, pair: LazyModel) -> LazyModel:
+    """Compose the merged model of one owner, kind moe, two experts that are both active.
+
+    Args:
+        anchor: the published anchor, with one expert.
+        pair: what the owner trained.
+    """
+    config = ModelConfig(**{**asdict(anchor.card.model), "num_experts": 2, "top_k": 2,
+                            "router_bias": pair.card.model.router_bias})
+    tensors = dict(anchor.tensors)
+    for name, tensor in pair.tensors.items():
+        if name.endswith(".mlp.gate.weight"):
+            tensors[name] = _joined(anchor.tensors[name], tensor)
+        elif name.endswith(".mlp.gate.bias"):
+            tensors[name] = _joined(LazyTensor(torch.float32, (1,), lambda: torch.zeros(1)), tensor)
+        else:
+            tensors[name] = _widened(tensor, anchor.tensors[name.replace(".experts.1.", ".experts.0.")].shape)
+    card = replace(pair.card, kind="moe", model=config, anchor_path=None)
+    return LazyModel(card, {name: tensors[name] for name in expected_tensors(config, "moe")})
