@@ -9,8 +9,9 @@ its column of down_proj is 0, so it adds exactly 0 to every output.
 The router's bias is [0, b_1, ..., b_n] in fp32, and exists only if some package has one.
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ from flexolmo_megatron.convert.names import expected_tensors
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.digest import BackgroundDigest
 from flexolmo_megatron.exchange.package import PROJECTIONS, Package, open_package
+from flexolmo_megatron.exchange.progress import Progress, no_progress
 from flexolmo_megatron.exchange.tensor_file import HashPool
 from flexolmo_megatron.exchange.verify import AnchorReference, VerifiedPackage, anchor_of, check_fits, without_bias
 from flexolmo_megatron.files import atomic_directory
@@ -52,9 +54,11 @@ def merge(base: LazyModel, packages: Sequence[VerifiedPackage], *, top_k: int | 
 def compose(base: LazyModel, packages: Sequence[Package], *, top_k: int | None = None) -> LazyModel:
     """``merge`` of packages whose contents are yet to be checked."""
     card = base.card
-    reference = AnchorReference.of(base, digest=claimed_anchor(base, packages))
-    for package in packages:
-        check_fits(package, reference)
+    digest = claimed_anchor(base, packages)
+    if packages:
+        reference = AnchorReference.of(base, digest=digest)
+        for package in packages:
+            check_fits(package, reference)
     first = card.model.num_experts
     count = first + len(packages)
     _check_names([*card.expert_names, *(package.manifest.name for package in packages)])
@@ -76,7 +80,8 @@ def compose(base: LazyModel, packages: Sequence[Package], *, top_k: int | None =
             added = [package.tensors[f"layers.{layer}.bias"] if package.has_bias else _zeros() for package in packages]
             tensors[prefix + "gate.bias"] = _appended(known, added)
     experts = [*card.experts, *(_record(package) for package in packages)]
-    merged = ModelCard("moe", config, experts, tokenizer=card.tokenizer, anchor_digest=reference.digest)
+    training = card.training if first > 1 else {}  # of the anchor alone it says nothing about the merged model
+    merged = replace(card, model=config, experts=experts, anchor_digest=digest, training=training)
     # In the order of the model, which is also the order of each package's file: then it is hashed in one pass.
     return LazyModel(merged, {name: tensors[name] for name in expected_tensors(config, "moe")})
 
@@ -120,7 +125,7 @@ class MergeReport:
 
 def write_merged(base: LazyModel, packages: Sequence[str | os.PathLike], out: str | os.PathLike, *,
                  format: Literal["hf", "megatron"] = "megatron", top_k: int | None = None, drop_bias: bool = False,
-                 progress: Callable[[int], object] | None = None) -> MergeReport:
+                 progress: Progress = no_progress) -> MergeReport:
     """Merge package directories into ``base`` and write the model to ``out``, which appears complete or not at all.
 
     Each package is checked as ``verify`` does, and the anchor's digest is computed, while the model is being written
@@ -128,10 +133,10 @@ def write_merged(base: LazyModel, packages: Sequence[str | os.PathLike], out: st
 
     Args:
         base: published anchor or merged model, see ``merge``.
-        packages: directories, in the order of their new experts.
+        packages: directories, in the order of their new experts; without any, ``base`` is written.
         format: "megatron" or "hf".
         drop_bias: write a Hugging Face directory although the model has a bias, without it.
-        progress: called with the number of bytes after each tensor of the merged model.
+        progress: shows how far reading the merged model's tensors has got, see ``Progress``.
 
     Raises:
         FlexOlmoError: a package is refused, or ``out`` exists or cannot be written.
@@ -140,29 +145,41 @@ def write_merged(base: LazyModel, packages: Sequence[str | os.PathLike], out: st
     with HashPool() as pool:
         opened = [open_package(path, pool) for path in packages]
         merged = compose(base, opened, top_k=top_k)
-        with atomic_directory(out) as staging:
-            digest = BackgroundDigest(anchor_of(base))
-
-            def check_anchor() -> None:
-                if digest.result() != merged.card.anchor_digest:
-                    raise FlexOlmoError(f"package {opened[0].path} was trained against anchor "
-                                        f"{merged.card.anchor_digest}, but this anchor is {digest.result()}")
+        with atomic_directory(out) as staging, _anchor_check(base, opened) as check_anchor, \
+                progress(total_bytes(merged)) as add:
 
             def after_read(count: int) -> None:
-                if digest.ready():
-                    check_anchor()  # rather now than after the rest has been written
-                if progress is not None:
-                    progress(count)
+                check_anchor(False)  # rather now than after the rest has been written
+                add(count)
 
-            try:
-                _save(watch(merged, after_read), staging, out, format, drop_bias)
-                for package in opened:
-                    package.check_contents()
-                check_anchor()
-            finally:
-                digest.stop()
+            _save(watch(merged, after_read), staging, out, format, drop_bias)
+            for package in opened:
+                package.check_contents()
+            check_anchor(True)
         positive = {package.manifest.name: package.positive_bias_layers() for package in opened}
     return MergeReport(merged.card, total_bytes(merged), {name: layers for name, layers in positive.items() if layers})
+
+
+@contextlib.contextmanager
+def _anchor_check(base: LazyModel, packages: Sequence[Package]) -> Iterator[Callable[[bool], None]]:
+    """Compute the digest of the anchor within ``base`` in the background.
+
+    Yields:
+        A function that compares it with the packages' if it is known already, or, called with True, waits for it.
+    """
+    if not packages:
+        yield lambda wait: None
+        return
+    digest = BackgroundDigest(anchor_of(base))
+
+    def check(wait: bool) -> None:
+        if wait or digest.ready():
+            check_fits(packages[0], AnchorReference.of(base, digest.result()))
+
+    try:
+        yield check
+    finally:
+        digest.stop()
 
 
 def _save(model: LazyModel, staging: Path, out: Path, format: str, drop_bias: bool) -> None:

@@ -53,13 +53,13 @@ class Package:
         """Size of the tensors in bytes."""
         return sum(entry.nbytes for entry in self.file.entries.values())
 
-    def check_contents(self) -> None:
-        """Read what was not read yet and check it.
+    def check_contents(self, progress: Callable[[int], object] | None = None) -> None:
+        """Read what was not read yet and check it; ``progress`` gets the number of bytes after each tensor read now.
 
         Raises:
             FlexOlmoError: the file's sha256 is not the manifest's, or a number is not finite.
         """
-        self.file.finish(self.manifest.sha256)
+        self.file.finish(self.manifest.sha256, progress)
 
     def positive_bias_layers(self) -> list[int]:
         """Layers whose bias is above 0. It is used as min(bias, 0), so there it has no effect."""

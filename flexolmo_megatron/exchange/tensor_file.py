@@ -101,22 +101,24 @@ class TensorFile:
                 self._run(self._compare, index, data)
         return data.view(entry.dtype).reshape(entry.shape)
 
-    def sha256(self) -> str:
+    def sha256(self, progress: Callable[[int], object] | None = None) -> str:
         """Hash what was not read yet and return the SHA-256 of the whole file."""
         with self._lock:
             while self._submitted < len(self._order):
-                self._submit_next()
+                count = self._submit_next().nbytes
+                if progress is not None:
+                    progress(count)
             if self._last is not None:
                 self._last.result()
         return self._states[-1].hexdigest()
 
-    def finish(self, sha256: str) -> None:
-        """Hash what was not read yet, and check the whole.
+    def finish(self, sha256: str, progress: Callable[[int], object] | None = None) -> None:
+        """Hash what was not read yet, and check the whole; ``progress`` gets the number of bytes after each tensor.
 
         Raises:
             FlexOlmoError: the file's SHA-256 is not ``sha256``, or a tensor holds NaN or infinity.
         """
-        found = self.sha256()
+        found = self.sha256(progress)
         if found != sha256:
             raise FlexOlmoError(f"{self.where} is damaged or was changed: its sha256 is {found}, the manifest says "
                                 f"{sha256}")

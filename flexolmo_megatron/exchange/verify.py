@@ -69,11 +69,7 @@ def verify(path: str | os.PathLike, anchor: LazyModel | AnchorReference,
     package = open_package(path)
     reference = anchor if isinstance(anchor, AnchorReference) else AnchorReference.of(anchor)
     check_fits(package, reference)
-    for name, entry in package.file.entries.items():
-        package.file.read(name)
-        if progress is not None:
-            progress(entry.nbytes)
-    package.check_contents()
+    package.check_contents(progress)
     return VerifiedPackage(**vars(package))
 
 

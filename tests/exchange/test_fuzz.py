@@ -20,11 +20,12 @@ from flexolmo_megatron.exchange.merge import write_merged
 from flexolmo_megatron.exchange.verify import AnchorReference, verify
 
 FREE = ("name", "owner", "licence", "contact", "embedder", "documents", "tokens", "steps", "lr", "seed")
-WORDS = ["../../../etc/passwd", "/dev/zero", "..", "", "\0", "layers.0.gate_proj ", "layers.-1.router", "layers.0.Router",
-         "layers.0.router\n", "layers.0.rоuter", "__metadata__", "\ud83d", "%s%n", "$(id)", "layers.0.router/../bias"]
+WORDS = ["../../../etc/passwd", "/dev/zero", "..", "", "\0", "layers.0.gate_proj ", "layers.-1.router",
+         "layers.0.Router", "layers.0.router\n", "layers.0.rоuter", "__metadata__", "\ud83d", "%s%n", "$(id)",
+         "layers.0.router/../bias"]
 HUGE = "HUGE"  # becomes an integer of 5,001 digits, more than Python converts
-VALUES = [None, True, -1, 0, 1.5, 2**63, HUGE, "1", "NaN", [], [[]], {}, {"a": 1}, "\x1b[2J", "x" * 10_000, float("inf"),
-          float("nan")]
+VALUES = [None, True, -1, 0, 1.5, 2**63, HUGE, "1", "NaN", [], [[]], {}, {"a": 1}, "\x1b[2J", "x" * 10_000,
+          float("inf"), float("nan")]
 
 
 def flip(data: bytes, rng: random.Random, allowed=None) -> bytes:
@@ -71,8 +72,8 @@ def append_to_tensor_file(raw, path, rng):
 
 def change_dtype(raw, path, rng):
     name, entry = rng.choice(list(raw.header.items()))
-    entry["dtype"] = rng.choice([d for d in ("F16", "F32", "I16", "U8", "F64", "BOOL", "BF16", "F8_E4M3", "", "bf16", 3, None)
-                                 if d != entry["dtype"]])
+    dtypes = ["F16", "F32", "I16", "U8", "F64", "BOOL", "BF16", "F8_E4M3", "", "bf16", 3, None]
+    entry["dtype"] = rng.choice([dtype for dtype in dtypes if dtype != entry["dtype"]])
     if entry["dtype"] == "U8":
         entry["shape"] = [entry["data_offsets"][1] - entry["data_offsets"][0]]
     raw.write(path)
@@ -81,16 +82,17 @@ def change_dtype(raw, path, rng):
 def change_shape(raw, path, rng):
     entry = rng.choice([entry for name, entry in raw.header.items() if "proj" in name])
     shape = entry["shape"]
-    entry["shape"] = rng.choice([shape[::-1], [96], [1, *shape], [4, 24], [-12, -8], [12.0, 8], ["12", "8"], [2**62, 2**62],
-                                 [12, 8, 1, 1, 1, 1, 1, 1, 1], None, "12,8", {}, [12, True], [[12], 8]])
+    entry["shape"] = rng.choice([shape[::-1], [96], [1, *shape], [4, 24], [-12, -8], [12.0, 8], ["12", "8"],
+                                 [2**62, 2**62], [12, 8, 1, 1, 1, 1, 1, 1, 1], None, "12,8", {}, [12, True], [[12], 8]])
     raw.write(path)
 
 
 def change_offsets(raw, path, rng):
     entry = rng.choice(list(raw.header.values()))
     start, end = entry["data_offsets"]
-    entry["data_offsets"] = rng.choice([[end, start], [start + 2, end + 2], [0, 2**63], [-2, end], [start], [start, end, end],
-                                        [float(start), end], None, "0", [start, 2**64], [start - 2, end - 2]])
+    entry["data_offsets"] = rng.choice([[end, start], [start + 2, end + 2], [0, 2**63], [-2, end], [start],
+                                        [start, end, end], [float(start), end], None, "0",
+                                        [start, 2**64], [start - 2, end - 2]])
     raw.write(path)
 
 
@@ -108,7 +110,8 @@ def rename_tensor(raw, path, rng):
 
 def add_tensor(raw, path, rng):
     size = rng.choice([0, 1, 7])
-    raw.header[rng.choice(WORDS)] = {"dtype": "BF16", "shape": [size], "data_offsets": [len(raw.data), len(raw.data) + 2 * size]}
+    offsets = [len(raw.data), len(raw.data) + 2 * size]
+    raw.header[rng.choice(WORDS)] = {"dtype": "BF16", "shape": [size], "data_offsets": offsets}
     raw.data += b"\0\0" * size
     raw.write(path)
 
@@ -128,7 +131,8 @@ def change_header_entry(raw, path, rng):
 def change_header_length(raw, path, rng):
     file = raw.tensor_file()
     length = struct.unpack("<Q", file[:8])[0]
-    new = rng.choice([0, 1, 2**63, 2**64 - 1, 2**32, length + 8, length - 8, len(file), 4 * 1024 * 1024 + 1, rng.getrandbits(64)])
+    new = rng.choice([0, 1, 2**63, 2**64 - 1, 2**32, length + 8, length - 8, len(file), 2**22 + 1,
+                      rng.getrandbits(64)])
     raw.write(path, tensor_file=struct.pack("<Q", new) + file[8:])
 
 
@@ -188,7 +192,8 @@ def drop_or_add_manifest_key(raw, path, rng):
 
 
 def hostile_name(raw, path, rng):
-    raw.manifest["name"] = rng.choice([*WORDS[:5], "a/b", "a\\b", "..a", "a..b", "public", "Public", "a" * 65, "a\n", "a b", "ａ"])
+    raw.manifest["name"] = rng.choice([*WORDS[:5], "a/b", "a\\b", "..a", "a..b", "public", "Public", "a" * 65,
+                                       "a\n", "a b", "ａ"])
     raw.write(path)
 
 
@@ -216,7 +221,8 @@ def pickled(raw, path, rng):
 
 def entry_beside(raw, path, rng):
     raw.write(path)
-    name = rng.choice(["a.pt", "b.pkl", "c.bin", "README.md", ".DS_Store", "manifest.json~", "expert.safetensors.1", "é"])
+    name = rng.choice(["a.pt", "b.pkl", "c.bin", "README.md", ".DS_Store", "manifest.json~", "expert.safetensors.1",
+                       "é"])
     if rng.random() < 0.3:
         (path / name).symlink_to("/etc/passwd")
     else:
@@ -247,8 +253,8 @@ MUTATIONS = {mutation: count for count, mutations in {
     15: [truncate_tensor_file, truncate_manifest, change_dtype, change_shape, change_offsets, rename_tensor, add_tensor,
          change_header_entry, change_header_length, change_manifest_value, change_architecture, not_finite, pickled,
          change_type_in_free_fields, drop_or_add_manifest_key, hostile_name, not_a_regular_file],
-    6: [append_to_tensor_file, swap_offsets_of_different_sizes, nest_header, duplicate_header_key, duplicate_manifest_key,
-        nest_manifest, other_digest, entry_beside],
+    6: [append_to_tensor_file, swap_offsets_of_different_sizes, nest_header, duplicate_header_key,
+        duplicate_manifest_key, nest_manifest, other_digest, entry_beside],
 }.items() for mutation in mutations}
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import os
 import signal
@@ -81,7 +82,8 @@ def test_smaller_ffn_is_padded_and_computes_the_same(anchor, verified):
                                rtol=1e-14, atol=1e-14)  # only the order of the additions may differ
 
 
-@pytest.mark.parametrize(("count", "top_k", "expected"), [(1, None, 2), (3, None, 4), (5, None, 4), (5, 2, 2), (5, 6, 6)])
+@pytest.mark.parametrize(("count", "top_k", "expected"), [(1, None, 2), (3, None, 4), (5, None, 4), (5, 2, 2),
+                                                          (5, 6, 6)])
 def test_top_k(anchor, verified, count, top_k, expected):
     packages = [verified(f"e{number}", number) for number in range(count)]
     assert merge(anchor, packages, top_k=top_k).card.model.top_k == expected
@@ -137,7 +139,7 @@ def test_packages_of_another_anchor(anchor, new_anchor, new_pair, verified, tmp_
     from flexolmo_megatron.exchange.package import pack
     other = new_anchor(seed=5)
     pack(new_pair(2, model_digest(other)), None, tmp_path / "theirs", name="theirs")
-    with pytest.raises(FlexOlmoError, match=r"theirs was trained against anchor [0-9a-f]{64}, but package \S* belongs to "):
+    with pytest.raises(FlexOlmoError, match=r"theirs was trained against anchor \w+, but package \S* belongs to "):
         merge(anchor, [verified("a"), verify(tmp_path / "theirs", other)])
     with pytest.raises(FlexOlmoError, match="but the given model belongs to"):
         merge(merge(anchor, [verified("b")]), [verify(tmp_path / "theirs", other)])
@@ -153,7 +155,7 @@ def test_write_merged(anchor, verified, tmp_path, format):
     packages = [verified("a", 1, ffn=8), verified("b", 2)]
     counts = []
     report = write_merged(anchor, [package.path for package in packages], tmp_path / "out", format=format,
-                          progress=counts.append)
+                          progress=lambda total: contextlib.nullcontext(counts.append))
     expected, written = merge(anchor, packages), open_model(tmp_path / "out")
     assert written.card.experts == expected.card.experts and written.card.anchor_digest == expected.card.anchor_digest
     assert model_digest(written) == model_digest(expected)
@@ -178,7 +180,7 @@ def test_bias_needs_a_format_that_holds_it(anchor, make_package, tmp_path, raw_p
 
 
 def test_wrong_anchor_is_noticed_although_its_digest_comes_late(make_package, new_anchor, tmp_path):
-    with pytest.raises(FlexOlmoError, match="was trained against anchor [0-9a-f]{64}, but this anchor is [0-9a-f]{64}$"):
+    with pytest.raises(FlexOlmoError, match="was trained against anchor [0-9a-f]+, but this anchor is [0-9a-f]{64}$"):
         write_merged(new_anchor(seed=5), [make_package("a")], tmp_path / "new" / "out")
     assert not list((tmp_path / "new").iterdir())
 
@@ -190,7 +192,8 @@ def test_nothing_is_left_when_contents_are_refused_after_they_were_written(ancho
     raw.data[-2:] = b"\xc0\x7f"
     (tmp_path / "new").mkdir()
     with pytest.raises(FlexOlmoError, match="tensor layers.1.down_proj holds NaN"):
-        write_merged(anchor, [make_package("good"), raw.write(tmp_path / "nan")], tmp_path / "new" / "out", format=format)
+        write_merged(anchor, [make_package("good"), raw.write(tmp_path / "nan")], tmp_path / "new" / "out",
+                     format=format)
     assert not list((tmp_path / "new").iterdir())
 
 
@@ -211,12 +214,12 @@ def test_a_change_while_merging_is_noticed(anchor, make_package, tmp_path):
             file.write(b"\x11\x22")
 
     with pytest.raises(FlexOlmoError, match="is damaged or was changed"):
-        write_merged(anchor, [path], tmp_path / "out", progress=overwrite)
+        write_merged(anchor, [path], tmp_path / "out", progress=lambda total: contextlib.nullcontext(overwrite))
     assert not (tmp_path / "out").exists()
 
 
 WRITER = """
-    import resource, sys, time
+    import contextlib, resource, sys, time
     from pathlib import Path
     from flexolmo_megatron.convert.model import open_model
     from flexolmo_megatron.exchange.merge import write_merged
@@ -227,14 +230,15 @@ WRITER = """
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     count = 0
 
-    def progress(_):
+    def count_reads(_):
         global count
         count += 1
         if pause and count == 20:
             print("half way", flush=True)
             time.sleep(pause)
 
-    write_merged(anchor, [where / "package_a"], where / "new" / "out", format=format, progress=progress)
+    write_merged(anchor, [where / "package_a"], where / "new" / "out", format=format,
+                 progress=lambda total: contextlib.nullcontext(count_reads))
 """
 
 

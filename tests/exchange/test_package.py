@@ -14,16 +14,16 @@ def test_tensors_and_manifest(new_pair, digest, tmp_path):
     counts = []
     manifest = pack(pair, None, tmp_path / "p", name="math", owner="Ä\nB", progress=counts.append)
     tensors = load_file(tmp_path / "p" / "expert.safetensors")
+    shapes = {"gate_proj": (12, 8), "up_proj": (12, 8), "down_proj": (8, 12), "router": (8,), "bias": ()}
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
-        f"layers.{layer}.{name}": shape for layer in range(2)
-        for name, shape in {"gate_proj": (12, 8), "up_proj": (12, 8), "down_proj": (8, 12), "router": (8,), "bias": ()}.items()
-    }
+        f"layers.{layer}.{name}": shape for layer in range(2) for name, shape in shapes.items()}
     for layer in range(2):
         prefix = f"model.layers.{layer}.mlp."
         assert torch.equal(tensors[f"layers.{layer}.router"], pair.tensors[prefix + "gate.weight"].read()[0])
         assert torch.equal(tensors[f"layers.{layer}.bias"], pair.tensors[prefix + "gate.bias"].read()[0])
         for kind in ("gate_proj", "up_proj", "down_proj"):
-            assert torch.equal(tensors[f"layers.{layer}.{kind}"], pair.tensors[f"{prefix}experts.1.{kind}.weight"].read())
+            trained = pair.tensors[f"{prefix}experts.1.{kind}.weight"].read()
+            assert torch.equal(tensors[f"layers.{layer}.{kind}"], trained)
     assert sum(counts) == sum(tensor.nbytes for tensor in tensors.values())
     written = json.loads((tmp_path / "p" / "manifest.json").read_text())
     assert written == manifest.to_json()
@@ -50,7 +50,8 @@ def with_tensor(pair, name, value):
 
 @pytest.mark.parametrize(("change", "options", "message"), [
     (lambda pair, anchor: anchor, {}, "a checkpoint of kind 'moe' cannot be packed: expected 'pair'"),
-    (lambda pair, anchor: pair, {"anchor_digest": "0" * 64}, "was trained against anchor [0-9a-f]{64}, not against 0000"),
+    (lambda pair, anchor: pair, {"anchor_digest": "0" * 64},
+     "was trained against anchor [0-9a-f]{64}, not against 0000"),
     (lambda pair, anchor: pair, {"name": "public"}, "reserved"),
     (lambda pair, anchor: pair, {"name": "../x"}, "expected 1 to 64 of A-Z"),
     (lambda pair, anchor: pair, {"contact": "\x1b"}, "contact holds the control character"),
