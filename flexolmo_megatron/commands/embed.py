@@ -1,0 +1,132 @@
+"""``flexolmo embed``: documents to a domain vector, and the published anchor."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexolmo_megatron.errors import FlexOlmoError
+
+if TYPE_CHECKING:
+    from flexolmo_megatron.convert.lazy import LazyModel
+    from flexolmo_megatron.domain.vector import DomainVector
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser(
+        "embed", help="documents -> domain vector",
+        description="Average the embeddings of a sample of documents: the domain vector that a router row starts "
+                    "from. With --publish, for public documents, also write the published anchor that data owners "
+                    "train against.")
+    parser.add_argument("docs", nargs="+", metavar="DOCS",
+                        help="file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet) or quoted pattern, as in "
+                             "'notes/**/*.jsonl'")
+    parser.add_argument("--anchor", required=True, metavar="PATH",
+                        help="the dense public model (coordinator) or the published anchor (data owner)")
+    parser.add_argument("--out", required=True, metavar="FILE",
+                        help="the domain vector, an .npz file; replaced if it exists")
+    parser.add_argument("--embedder", default="anchor", metavar="NAME",
+                        help="anchor (mean hidden state of the anchor, a row for each layer), or the name or folder of "
+                             "a sentence-transformers or GritLM model (one row for all layers); all owners of one "
+                             "anchor must use the same (default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=1000, metavar="N",
+                        help="documents to sample; all where there are fewer (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=512, metavar="N",
+                        help="tokens of a document that are read, at most the embedder's longest sequence "
+                             "(default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N",
+                        help="documents embedded at once: affects speed and memory alone (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="NORM",
+                        help="Euclidean norm of each row; a router starts the more decided, the larger it is "
+                             "(default: %(default)s)")
+    parser.add_argument("--text-key", default="text", metavar="KEY",
+                        help="key of the JSON objects, or Parquet column, that holds a document (default: %(default)s)")
+    parser.add_argument("--max-bad", type=int, default=100, metavar="N",
+                        help="how many empty or broken documents are skipped before the run stops "
+                             "(default: %(default)s)")
+    parser.add_argument("--publish", metavar="DIR",
+                        help="also write the published anchor, a FlexOlmo model with one expert, to this new directory")
+    parser.add_argument("--format", choices=("hf", "megatron"), default="hf",
+                        help="of the published anchor: hf is safetensors and JSON alone, which a receiver can open "
+                             "without running anyone's code (default: %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def _check_targets(args: argparse.Namespace, anchor: "LazyModel") -> None:
+    """Refuse before the long work what would fail after it."""
+    card = anchor.card
+    if args.publish and card.kind != "dense":
+        raise FlexOlmoError(f"--publish needs a dense model, {args.anchor} is a {card.kind} model with the experts "
+                            f"{', '.join(card.expert_names)}")
+    if not Path(args.out).resolve().parent.is_dir():
+        raise FlexOlmoError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist")
+    if Path(args.out).is_dir():
+        raise FlexOlmoError(f"--out {args.out} is a folder; expected the name of a file")
+    target = Path(args.publish) if args.publish else None
+    if target and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FlexOlmoError(f"{target} already exists; name a new directory or remove it first")
+
+
+def _sample(args: argparse.Namespace) -> list[str]:
+    from flexolmo_megatron.domain.sample import reservoir_sample
+    from flexolmo_megatron.training.documents import BadDocuments, stream_documents
+
+    if args.documents < 1:
+        raise FlexOlmoError(f"--documents {args.documents}: expected a number of at least 1")
+    if args.seed < 0:
+        raise FlexOlmoError(f"--seed {args.seed}: expected a number of at least 0")
+    bad = BadDocuments(args.max_bad)
+    stream = stream_documents(args.docs, args.text_key, bad)
+    texts = reservoir_sample((document.text for document in stream), args.documents, args.seed)
+    if bad.counts:
+        print(f"skipped {bad.report()}", file=sys.stderr)
+    if not texts:
+        raise FlexOlmoError(f"{' '.join(args.docs)}: no document; expected at least one")
+    return texts
+
+
+def _compare(vector: "DomainVector", anchor: "LazyModel") -> None:
+    """Print how close the rows are to the anchor's own, and whether they can be compared at all."""
+    import torch
+
+    from flexolmo_megatron.domain.publish import public_rows
+
+    public = public_rows(anchor)
+    if public is None:
+        return
+    rows = torch.from_numpy(vector.vectors)
+    cosines = torch.nn.functional.cosine_similarity(rows, public, dim=-1)
+    print("cosine similarity with the public row, by layer: " + " ".join(f"{value:.4f}" for value in cosines))
+    theirs, ours = anchor.card.experts[0].router.get("embedder"), vector.record()["embedder"]
+    if theirs and str(theirs).rpartition("@")[2] != ours.rpartition("@")[2]:
+        print(f"warning: the anchor's public row was made with {theirs}, this vector with {ours}: rows of different "
+              "embedders have nothing to do with each other", file=sys.stderr)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run ``flexolmo embed``."""
+    from flexolmo_megatron.convert.model import open_model, save_model
+    from flexolmo_megatron.domain.embed import domain_vector, open_embedder
+    from flexolmo_megatron.domain.publish import dense_digest, publish_anchor
+    from flexolmo_megatron.domain.vector import save_vector
+    from flexolmo_megatron.exchange.digest import model_digest
+
+    anchor = open_model(args.anchor)
+    _check_targets(args, anchor)
+    texts = _sample(args)
+    digest = dense_digest(anchor)
+    embedder = open_embedder(args.embedder, anchor, digest, args.max_tokens)
+    vector = domain_vector(embedder, texts, hidden_size=anchor.card.model.hidden_size, dense_digest=digest,
+                           seed=args.seed, batch_size=args.batch_size, norm=args.scale)
+    save_vector(vector, args.out)
+    rows, width = vector.vectors.shape
+    print(f"{args.out}: {rows} row{'s' * (rows > 1)} of {width} numbers with norm {vector.norm:g}, "
+          f"by {vector.record()['embedder']}")
+    print(f"{vector.documents:,} documents averaged, {vector.dropped:,} dropped because their embedding was not finite")
+    _compare(vector, anchor)
+    if args.publish:
+        published = publish_anchor(anchor, vector)
+        save_model(published, args.publish, args.format)
+        print(f"{args.publish}: published anchor, digest {model_digest(published)}")

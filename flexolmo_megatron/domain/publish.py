@@ -1,0 +1,68 @@
+"""The published anchor: what a coordinator gives to data owners.
+
+It is the dense public model as a FlexOlmo model with one expert, ``public``, whose router row is the domain vector of
+the public documents. So the anchor's digest, which every expert package names, covers that row.
+``convert/variants.as_dense`` is the way back.
+"""
+
+import re
+from dataclasses import replace
+
+import torch
+
+from flexolmo_megatron.config.card import PUBLIC, ExpertRecord
+from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
+from flexolmo_megatron.convert.names import expected_tensors
+from flexolmo_megatron.convert.variants import as_dense
+from flexolmo_megatron.domain.vector import DomainVector
+from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.exchange.digest import model_digest
+
+_ROW = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight")
+
+
+def dense_digest(anchor: LazyModel) -> str:
+    """Return the digest of an anchor's weights without its router row: equal before and after publication.
+
+    Raises:
+        FlexOlmoError: the model has several experts.
+    """
+    return model_digest(as_dense(anchor))
+
+
+def publish_anchor(dense: LazyModel, vector: DomainVector) -> LazyModel:
+    """Return the one-expert model of ``dense`` whose router rows are those of ``vector``, in the model's own dtype.
+
+    Nothing is read from ``dense`` until the result is. Whether the vector was made with this very model is for the
+    caller to know: compare ``vector.dense_digest``.
+
+    Raises:
+        FlexOlmoError: the model has experts already, or the vector does not fit it.
+    """
+    card = dense.card
+    if card.kind != "dense":
+        raise FlexOlmoError(f"only a dense model can be published as an anchor, this is a {card.kind} model with the "
+                            f"experts {', '.join(card.expert_names)}")
+    vector.check_fits(card.model.num_layers, card.model.hidden_size, "the domain vector")
+    config = replace(card.model, num_experts=1, top_k=1)
+    tensors = {}
+    for name in expected_tensors(config, "moe"):
+        if row := _ROW.fullmatch(name):
+            layer = int(row[1])
+            dtype = dense.tensors[f"model.layers.{layer}.mlp.gate_proj.weight"].dtype
+            tensors[name] = LazyTensor(
+                dtype, (1, config.hidden_size),
+                lambda layer=layer, dtype=dtype: torch.tensor(vector.row(layer)).to(dtype)[None])
+        else:
+            tensors[name] = dense.tensors[name.replace(".mlp.experts.0.", ".mlp.")]
+    public = ExpertRecord(PUBLIC, router=vector.record())
+    return LazyModel(replace(card, kind="moe", model=config, experts=[public], anchor_digest=None), tensors)
+
+
+def public_rows(anchor: LazyModel) -> torch.Tensor | None:
+    """Return the router rows fp32 `[L, h]` of a published anchor; None for a dense model."""
+    if anchor.card.kind == "dense":
+        return None
+    rows = [anchor.tensors[f"model.layers.{layer}.mlp.gate.weight"].read()[0]
+            for layer in range(anchor.card.model.num_layers)]
+    return torch.stack(rows).float()

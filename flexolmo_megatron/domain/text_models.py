@@ -1,0 +1,119 @@
+"""Embedding models of others: any of sentence-transformers, and GritLM, the paper's.
+
+One embedding for all layers, normalised for each document. No code that comes with a model is run: GritLM's repository
+ships a modified Mistral for attention without a causal mask, but transformers' own Mistral takes such a mask, too.
+
+Legend: n documents, s sequence, d dimension of the embedder.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flexolmo_megatron.convert.safetensors_io import as_bytes
+from flexolmo_megatron.domain.embed import display_name
+from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.exchange.digest import DTYPE_NAMES, digest_tensors
+from flexolmo_megatron.runtime.setup import local_device
+
+GRITLM_INSTRUCTION = "<|embed|>\n"
+"""Precedes every document, as https://github.com/ContextualAI/gritlm has it for documents without an instruction."""
+
+
+def is_gritlm(name: str) -> bool:
+    """Whether a model, by name or folder, is a GritLM: by its name, or by the code that its config.json names."""
+    config = Path(name, "config.json")
+    text = config.read_text(errors="replace") if config.is_file() else ""
+    return "gritlm" in (display_name(name) + text).lower()
+
+
+def _cannot_load(name: str, error: Exception) -> FlexOlmoError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return FlexOlmoError(f"cannot load the embedder {name!r}: expected 'anchor', or the name or folder of a "
+                         f"sentence-transformers or GritLM model ({reason})")
+
+
+def _weights_digest(model: torch.nn.Module) -> str:
+    state = model.state_dict()
+    return digest_tensors(
+        (name, DTYPE_NAMES[state[name].dtype], tuple(state[name].shape), [as_bytes(state[name].cpu().contiguous())])
+        for name in sorted(state, key=str.encode)
+    )
+
+
+class SentenceTransformerEmbedder:
+    """A model that the sentence-transformers package loads, with the pooling that it brings."""
+
+    def __init__(self, name: str, max_tokens: int) -> None:
+        """Load a model by name or folder; ``max_tokens`` can only shorten what it reads of a document.
+
+        Raises:
+            FlexOlmoError: the package is missing, or it cannot load the model.
+        """
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError:
+            raise FlexOlmoError(f"the embedder {name!r} needs sentence-transformers; "
+                                "install it with: pip install sentence-transformers") from None
+        try:
+            self._model = SentenceTransformer(name, device=str(local_device()), trust_remote_code=False)
+        except Exception as error:  # it passes on whatever its many readers raise
+            raise _cannot_load(name, error) from error
+        self._model.max_seq_length = min(self._model.max_seq_length or max_tokens, max_tokens)
+        self.name = display_name(name)
+        self.digest = _weights_digest(self._model)
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Return float32 `[n, 1, d]`, of norm 1."""
+        embeddings = self._model.encode(list(texts), batch_size=len(texts), normalize_embeddings=True,
+                                        convert_to_numpy=True, show_progress_bar=False)
+        return np.asarray(embeddings, dtype=np.float32)[:, None]
+
+
+class GritLMEmbedder:
+    """GritLM's embedding mode: every token sees the whole document, the mean is over the document's tokens alone."""
+
+    def __init__(self, name: str, max_tokens: int) -> None:
+        """Load a model by name or folder; ``max_tokens`` includes those of the instruction.
+
+        Raises:
+            FlexOlmoError: transformers is missing, or it cannot load the model.
+        """
+        try:
+            from transformers import AutoModel, AutoTokenizer
+        except ImportError:
+            raise FlexOlmoError(f"the embedder {name!r} needs transformers; "
+                                "install it with: pip install transformers") from None
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
+            model = AutoModel.from_pretrained(name, dtype="auto", attn_implementation="sdpa", trust_remote_code=False)
+        except Exception as error:  # transformers passes on whatever its many readers raise
+            raise _cannot_load(name, error) from error
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._device = local_device()
+        self._model = model.to(self._device).eval()
+        self._instruction_tokens = len(self._tokenizer(GRITLM_INSTRUCTION)["input_ids"])
+        if max_tokens <= self._instruction_tokens:
+            raise FlexOlmoError(f"--max-tokens {max_tokens}: expected more than the {self._instruction_tokens} tokens "
+                                "of GritLM's instruction")
+        self._max_tokens = max_tokens
+        self.name = display_name(name)
+        self.digest = _weights_digest(model)
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Return float32 `[n, 1, d]`, of norm 1; NaN for a document without a token."""
+        inputs = self._tokenizer([GRITLM_INSTRUCTION + text for text in texts], padding=True, truncation=True,
+                                 max_length=self._max_tokens, return_tensors="pt").to(self._device)
+        real_NS = inputs["attention_mask"].bool()
+        # A mask of four dimensions is used as it is: no causal one is added.
+        seen_N1SS = real_NS[:, None, None, :].expand(-1, 1, real_NS.shape[1], -1)
+        output = self._model(inputs["input_ids"], attention_mask=seen_N1SS, use_cache=False)
+        hidden_NSd = output.last_hidden_state.float()
+        pooled_NS = real_NS.clone()
+        pooled_NS[:, : self._instruction_tokens] = False
+        mean_Nd = torch.einsum("nsd,ns->nd", hidden_NSd, pooled_NS.float()) / pooled_NS.sum(dim=1, keepdim=True)
+        return torch.nn.functional.normalize(mean_Nd, dim=-1)[:, None].cpu().numpy()

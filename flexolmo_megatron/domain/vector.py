@@ -1,0 +1,204 @@
+"""The domain vector: what a router row starts from, and its file.
+
+The file is an ``.npz`` (a ZIP archive, nothing compressed) with two arrays: ``vectors`` float32 ``[L, h]`` or
+``[1, h]``, and ``metadata``, the UTF-8 bytes of a JSON object with the other fields. ``numpy.load`` opens it, but is
+not used here: the file may come from a stranger, so every size is checked before memory is allocated, and nothing is
+ever unpickled. It never holds document text.
+
+Legend: L layers, h hidden size.
+"""
+
+import io
+import json
+import math
+import os
+import re
+import zipfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.exchange.manifest import parse_strict_json
+from flexolmo_megatron.files import atomic_file
+
+FORMAT_VERSION = 1
+MAX_FILE_BYTES = 64 * 1024 * 1024
+"""More than 128 layers of hidden size 100,000."""
+MAX_LAYERS = 4096
+MAX_HIDDEN = 2**20
+MAX_NAME = 256
+"""Longest name of an embedder, in characters."""
+
+_HEX = re.compile(r"[0-9a-f]{64}")
+_WHAT = "a domain vector that 'flexolmo embed' wrote"
+
+
+@dataclass(frozen=True)
+class DomainVector:
+    """The mean embedding of a sample of documents. Building one validates it."""
+
+    vectors: np.ndarray
+    """float32 `[L, h]`, one row for each layer's router, or `[1, h]`, the same row for all layers (as in the paper)."""
+    embedder: str
+    """``anchor``, or the name of the embedding model without any folder."""
+    embedder_digest: str
+    """SHA-256 (64 hexadecimal digits) of the embedder's weights: vectors of different embedders cannot be compared."""
+    dense_digest: str
+    """Digest of the anchor's weights without its router row (``as_dense``): equal before and after publication."""
+    documents: int
+    """Documents whose embeddings were averaged."""
+    dropped: int
+    """Documents of the sample that were left out because their embedding was not finite."""
+    seed: int
+    """Of the sample of documents."""
+    norm: float
+    """Euclidean norm that every row was scaled to."""
+
+    def __post_init__(self) -> None:
+        vectors, name = self.vectors, self.embedder
+        if vectors.dtype != np.float32 or vectors.ndim != 2:
+            raise FlexOlmoError(f"vectors are {vectors.dtype} {list(vectors.shape)}: expected float32 [layers or 1, "
+                                "hidden size]")
+        if not (1 <= vectors.shape[0] <= MAX_LAYERS and 1 <= vectors.shape[1] <= MAX_HIDDEN):
+            raise FlexOlmoError(f"vectors have the shape {list(vectors.shape)}: expected 1 to {MAX_LAYERS} rows of 1 "
+                                f"to {MAX_HIDDEN} numbers")
+        if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME or not name.isprintable():
+            raise FlexOlmoError(f"embedder = {_shown(name)}: expected a printable name of 1 to {MAX_NAME} characters")
+        for key in ("embedder_digest", "dense_digest"):
+            value = getattr(self, key)
+            if not isinstance(value, str) or not _HEX.fullmatch(value):
+                raise FlexOlmoError(f"{key} = {_shown(value)}: expected 64 lower-case hexadecimal digits")
+        for key, smallest in (("documents", 1), ("dropped", 0), ("seed", 0)):
+            value = getattr(self, key)
+            if type(value) is not int or not smallest <= value < 2**63:
+                raise FlexOlmoError(f"{key} = {_shown(value)}: expected a whole number of at least {smallest}")
+        if type(self.norm) not in (int, float) or not 0 < self.norm < math.inf:
+            raise FlexOlmoError(f"norm = {_shown(self.norm)}: expected a number above 0")
+        # NaN and infinity fail this, too.
+        norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
+        if not np.all(np.abs(norms - self.norm) <= 1e-4 * self.norm):
+            worst = int(np.argmax(~(np.abs(norms - self.norm) <= 1e-4 * self.norm)))
+            raise FlexOlmoError(f"row {worst} of the vectors has the norm {norms[worst]:g}: expected {self.norm:g}")
+
+    def row(self, layer: int) -> np.ndarray:
+        """Return the float32 row `[h]` that the router of ``layer`` (from 0) starts from."""
+        return self.vectors[layer if len(self.vectors) > 1 else 0]
+
+    def check_fits(self, num_layers: int, hidden_size: int, where: str) -> None:
+        """Check that the rows fit a model; ``where`` says in an error whose vector it is.
+
+        Raises:
+            FlexOlmoError: another hidden size, or neither one row nor one row for each layer.
+        """
+        rows, width = self.vectors.shape
+        if width != hidden_size or rows not in (1, num_layers):
+            raise FlexOlmoError(f"{where} has {rows} row{'s' * (rows > 1)} of {width} numbers: expected {num_layers} "
+                                f"or 1 of {hidden_size}, as the model has {num_layers} layers of hidden size "
+                                f"{hidden_size}")
+
+    def record(self) -> dict[str, Any]:
+        """How the row was made, as a checkpoint's card (``ExpertRecord.router``) and an expert package store it."""
+        return {"embedder": f"{self.embedder}@{self.embedder_digest[:12]}", "documents": self.documents}
+
+
+def save_vector(vector: DomainVector, path: str | os.PathLike) -> None:
+    """Write the file, atomically.
+
+    Raises:
+        FlexOlmoError: it cannot be written.
+    """
+    values = {key: value for key, value in asdict(vector).items() if key != "vectors"}
+    metadata = json.dumps({"format_version": FORMAT_VERSION, **values}, ensure_ascii=False).encode()
+    with atomic_file(path) as file:
+        np.savez(file, vectors=np.ascontiguousarray(vector.vectors, "<f4"), metadata=np.frombuffer(metadata, np.uint8))
+
+
+def load_vector(path: str | os.PathLike) -> DomainVector:
+    """Read a file that ``save_vector`` wrote, from whomever it came.
+
+    Raises:
+        FlexOlmoError: it is missing, damaged, too large, or anything but such a file.
+    """
+    path = Path(path)
+    try:
+        return _parse(_read(path))
+    except FlexOlmoError as error:
+        raise FlexOlmoError(f"{path}: {error}; expected {_WHAT}") from None
+
+
+def _shown(value: Any) -> str:
+    """``repr`` of a stranger's value, in at most 80 ASCII characters."""
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if not path.exists():
+            raise FlexOlmoError("no such file")
+        if not path.is_file():  # also keeps us from waiting for the writer of a FIFO
+            raise FlexOlmoError("not a regular file")
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise FlexOlmoError(f"cannot be read ({error.strerror})") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise FlexOlmoError(f"more than {MAX_FILE_BYTES} bytes")
+    return data
+
+
+def _members(data: bytes, names: tuple[str, ...]) -> list[bytes]:
+    """The contents of an archive that holds exactly ``names``, uncompressed: they cannot be larger than the archive."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = archive.infolist()
+            if sorted(entry.filename for entry in entries) != sorted(names):
+                found = ", ".join(_shown(entry.filename) for entry in entries[:4]) or "nothing"
+                raise FlexOlmoError(f"the archive holds {found}: expected {' and '.join(names)}")
+            if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(data) for entry in entries):
+                raise FlexOlmoError("the archive is compressed")
+            return [archive.read(name) for name in names]  # checks the CRC
+    except FlexOlmoError:
+        raise
+    except Exception as error:  # zipfile passes on whatever struct, the codecs and seeking raise on a damaged archive
+        raise FlexOlmoError(f"not a sound ZIP archive ({_shown(str(error) or type(error).__name__)})") from None
+
+
+def _array(data: bytes, name: str, dtype: str, dimensions: int) -> np.ndarray:
+    """The array in the bytes of an .npy file, which must have this dtype and number of dimensions."""
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise FlexOlmoError(f"{name} has the .npy version {version}: expected (1, 0)")
+        shape, fortran_order, found = np.lib.format.read_array_header_1_0(stream)
+    except FlexOlmoError:
+        raise
+    except Exception as error:  # numpy passes on whatever literal_eval and tokenize raise on a strange header
+        raise FlexOlmoError(f"{name} has no sound .npy header ({_shown(str(error) or type(error).__name__)})") from None
+    if found != np.dtype(dtype):
+        raise FlexOlmoError(f"{name} is of type {_shown(str(found))}: expected {np.dtype(dtype).name}")
+    if fortran_order or len(shape) != dimensions or not all(type(size) is int and size >= 0 for size in shape):
+        raise FlexOlmoError(f"{name} has the shape {_shown(shape)}: expected {dimensions} dimensions, row-major")
+    content = memoryview(data)[stream.tell():]
+    if math.prod(shape) * found.itemsize != len(content):
+        raise FlexOlmoError(f"{name} has {len(content)} bytes: expected {math.prod(shape)} times {found.itemsize}, "
+                            f"as its shape is {_shown(shape)}")
+    return np.frombuffer(content, found).reshape(shape)
+
+
+def _parse(data: bytes) -> DomainVector:
+    raw_vectors, raw_metadata = _members(data, ("vectors.npy", "metadata.npy"))
+    values = parse_strict_json(_array(raw_metadata, "metadata", "|u1", 1).tobytes())
+    if not isinstance(values, dict):
+        raise FlexOlmoError(f"the metadata is {_shown(values)}: expected a JSON object")
+    version = values.pop("format_version", None)
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise FlexOlmoError(f"format_version = {_shown(version)}: this program reads version {FORMAT_VERSION}")
+    expected = {field.name for field in fields(DomainVector)} - {"vectors"}
+    for key in values.keys() ^ expected:
+        raise FlexOlmoError(f"{'unknown' if key in values else 'missing'} field {_shown(key)} in the metadata")
+    return DomainVector(vectors=_array(raw_vectors, "vectors", "<f4", 2).astype(np.float32), **values)

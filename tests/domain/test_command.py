@@ -1,0 +1,117 @@
+"""``flexolmo embed`` from its arguments to its files."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+
+from flexolmo_megatron.commands import embed
+from flexolmo_megatron.convert.model import open_model
+from flexolmo_megatron.domain.publish import dense_digest, public_rows
+from flexolmo_megatron.domain.vector import load_vector
+from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.exchange.digest import model_digest
+
+
+def flexolmo_embed(*words):
+    parser = argparse.ArgumentParser()
+    embed.register(parser.add_subparsers())
+    args = parser.parse_args(["embed", *map(str, words)])
+    args.run(args)
+
+
+@pytest.fixture
+def docs(tmp_path):
+    path = tmp_path / "docs.jsonl"
+    texts = [f"document {number} " + "abc " * number for number in range(40)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_coordinator_publishes_and_owner_embeds(docs, olmo2_dir, tmp_path, capsys):
+    flexolmo_embed(docs, "--anchor", olmo2_dir, "--out", tmp_path / "public.npz", "--documents", 10,
+                   "--publish", tmp_path / "anchor")
+    public = load_vector(tmp_path / "public.npz")
+    anchor = open_model(tmp_path / "anchor")
+    assert anchor.card.experts[0].router == public.record()
+    np.testing.assert_array_equal(public_rows(anchor).numpy(), public.vectors)
+    printed = capsys.readouterr().out
+    assert f"{tmp_path}/public.npz: 3 rows of 32 numbers with norm 1, by anchor@{public.dense_digest[:12]}\n" in printed
+    assert "10 documents averaged, 0 dropped because their embedding was not finite\n" in printed
+    assert f"{tmp_path}/anchor: published anchor, digest {model_digest(anchor)}\n" in printed
+
+    flexolmo_embed(docs, "--anchor", tmp_path / "anchor", "--out", tmp_path / "same.npz", "--documents", 10)
+    captured = capsys.readouterr()
+    assert "cosine similarity with the public row, by layer: 1.0000 1.0000 1.0000\n" in captured.out
+    assert "warning" not in captured.err
+    same = load_vector(tmp_path / "same.npz")
+    np.testing.assert_array_equal(same.vectors, public.vectors)
+    assert same.dense_digest == public.dense_digest == dense_digest(open_model(olmo2_dir))
+    assert (tmp_path / "same.npz").read_bytes() == (tmp_path / "public.npz").read_bytes()
+
+    flexolmo_embed(docs, "--anchor", tmp_path / "anchor", "--out", tmp_path / "other.npz", "--documents", 10,
+                   "--seed", 1)
+    other = load_vector(tmp_path / "other.npz")
+    assert other.seed == 1 and not np.array_equal(other.vectors, public.vectors)
+
+
+def test_batch_size_and_scale(docs, olmo2_dir, tmp_path):
+    flexolmo_embed(docs, "--anchor", olmo2_dir, "--out", tmp_path / "a.npz", "--batch-size", 1)
+    flexolmo_embed(docs, "--anchor", olmo2_dir, "--out", tmp_path / "b.npz", "--batch-size", 64, "--scale", 0.5)
+    a, b = load_vector(tmp_path / "a.npz"), load_vector(tmp_path / "b.npz")
+    assert a.documents == 40
+    np.testing.assert_allclose(a.vectors, 2 * b.vectors, atol=1e-5)
+
+
+def test_rows_of_another_embedder_are_warned_about(docs, olmo2_dir, tmp_path, capsys, monkeypatch):
+    flexolmo_embed(docs, "--anchor", olmo2_dir, "--out", tmp_path / "a.npz", "--publish", tmp_path / "anchor")
+    digest = load_vector(tmp_path / "a.npz").dense_digest
+
+    class Other:
+        name, digest = "other", "ab" * 32
+
+        def embed(self, texts):
+            return np.ones((len(texts), 1, 5), np.float32)
+
+    monkeypatch.setattr("flexolmo_megatron.domain.embed.open_embedder", lambda *_: Other())
+    flexolmo_embed(docs, "--anchor", tmp_path / "anchor", "--out", tmp_path / "b.npz", "--embedder", "other")
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1] == (
+        f"warning: the anchor's public row was made with anchor@{digest[:12]}, this vector with other@abababababab: "
+        "rows of different embedders have nothing to do with each other")
+    line = captured.out.splitlines()[-1]
+    assert line.startswith("cosine similarity with the public row, by layer: ") and len(line.split()) == 8 + 3
+    assert load_vector(tmp_path / "b.npz").vectors.shape == (1, 32)
+
+
+def test_bad_documents_are_reported(docs, olmo2_dir, tmp_path, capsys):
+    with docs.open("a") as file:
+        file.write("{\n")
+    flexolmo_embed(docs, "--anchor", olmo2_dir, "--out", tmp_path / "a.npz")
+    assert "skipped 1 unusable document (1 broken JSON)" in capsys.readouterr().err
+    with pytest.raises(FlexOlmoError, match="more than the 0 that --max-bad allows"):
+        flexolmo_embed(docs, "--anchor", olmo2_dir, "--out", tmp_path / "a.npz", "--max-bad", 0)
+
+
+def test_bad_input_is_refused_before_the_work(docs, olmo2_dir, tmp_path, monkeypatch):
+    flexolmo_embed(docs, "--anchor", olmo2_dir, "--out", tmp_path / "a.npz", "--publish", tmp_path / "anchor")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("flexolmo_megatron.domain.embed.open_embedder", None)
+
+    def refuses(message, *words, anchor=olmo2_dir, out=tmp_path / "a.npz"):
+        with pytest.raises(FlexOlmoError) as caught:
+            flexolmo_embed(*words, "--anchor", anchor, "--out", out)
+        assert message in str(caught.value)
+
+    refuses("--publish needs a dense model", docs, "--publish", tmp_path / "x", anchor=tmp_path / "anchor")
+    refuses(f"{tmp_path / 'anchor'} already exists; name a new directory", docs, "--publish", tmp_path / "anchor")
+    refuses("a.npz: the folder", docs, out=tmp_path / "no" / "a.npz")
+    refuses("is a folder; expected the name of a file", docs, out=tmp_path)
+    refuses("no.jsonl does not exist", tmp_path / "no.jsonl")
+    refuses("--documents 0: expected a number of at least 1", docs, "--documents", 0)
+    refuses("--seed -1: expected a number of at least 0", docs, "--seed", -1)
+    refuses("does not exist", docs, anchor=tmp_path / "nowhere")
+    (tmp_path / "empty.jsonl").touch()
+    refuses("empty.jsonl: no document; expected at least one", tmp_path / "empty.jsonl")
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "empty.jsonl"])
