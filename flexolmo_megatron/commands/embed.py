@@ -92,6 +92,7 @@ def _compare(vector: "DomainVector", anchor: "LazyModel") -> None:
     import torch
 
     from flexolmo_megatron.domain.publish import public_rows
+    from flexolmo_megatron.exchange.manifest import printable
 
     public = public_rows(anchor)
     if public is None:
@@ -99,8 +100,8 @@ def _compare(vector: "DomainVector", anchor: "LazyModel") -> None:
     rows = torch.from_numpy(vector.vectors)
     cosines = torch.nn.functional.cosine_similarity(rows, public, dim=-1)
     print("cosine similarity with the public row, by layer: " + " ".join(f"{value:.4f}" for value in cosines))
-    theirs, ours = anchor.card.experts[0].router.get("embedder"), vector.record()["embedder"]
-    if theirs and str(theirs).rpartition("@")[2] != ours.rpartition("@")[2]:
+    theirs, ours = printable(str(anchor.card.experts[0].router.get("embedder", ""))), vector.record()["embedder"]
+    if theirs and theirs.rpartition("@")[2] != ours.rpartition("@")[2]:
         print(f"warning: the anchor's public row was made with {theirs}, this vector with {ours}: rows of different "
               "embedders have nothing to do with each other", file=sys.stderr)
 

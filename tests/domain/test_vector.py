@@ -180,6 +180,7 @@ def test_hostile_arrays(tmp_path, vectors, message):
     ({key: METADATA[key] for key in METADATA if key != "seed"}, "missing field 'seed' in the metadata"),
     ({**METADATA, "vectors": 1}, "unknown field 'vectors' in the metadata"),
     ({**METADATA, "documents": [1]}, "documents = [1]: expected a whole number"),
+    ({**METADATA, "norm": 10**400}, "expected a number above 0"),
     ({**METADATA, "norm": "1"}, "norm = '1': expected a number above 0"),
     (npy(np.frombuffer(b'{"format_version": 1, "norm": NaN}', np.uint8)), "NaN is not a JSON number"),
     (npy(np.frombuffer(b'{"seed": 1, "seed": 2}', np.uint8)), "key 'seed' appears twice"),
