@@ -30,7 +30,7 @@ def work(tmp_path, anchor, new_pair, digest):
 
 
 def test_from_checkpoints_to_a_merged_model_and_back(work, anchor, digest, capsys):
-    flexolmo("pack", work / "math_run", work / "math", "--name", "math", "--owner", "[red]me\x07"[:-1], "--licence", "MIT")
+    flexolmo("pack", work / "math_run", work / "math", "--name", "math", "--owner", "[red]me", "--licence", "MIT")
     flexolmo("pack", work / "code_run", work / "code", "--anchor", work / "anchor")
     assert f"for anchor {digest}" in capsys.readouterr().out
 
@@ -45,7 +45,8 @@ def test_from_checkpoints_to_a_merged_model_and_back(work, anchor, digest, capsy
     packages = [verify(work / name, anchor) for name in ("math", "code")]
     assert model_digest(merged) == model_digest(merge(anchor, packages))
 
-    flexolmo("merge", "--model", work / "merged", "--remove", "math", "--out", work / "without", "--format", "hf", "--top-k", 1)
+    flexolmo("merge", "--model", work / "merged", "--remove", "math", "--out", work / "without", "--format", "hf",
+             "--top-k", 1)
     without = open_model(work / "without")
     assert without.card.expert_names == ["public", "mine"] and without.card.model.top_k == 1
     assert model_digest(without) == model_digest(merge(anchor, packages[1:]))
@@ -61,8 +62,8 @@ def test_inspect(work, make_package, digest, capsys):
     assert (described["kind"], described["format"], described["dtypes"].keys()) == ("moe", "hf", {"BF16"})
     assert described["experts"][0]["name"] == "public"
 
-    flexolmo("merge", "--anchor", work / "anchor", make_package("math"), make_package("code", 2), "--out", work / "merged",
-             "--top-k", 1)
+    flexolmo("merge", "--anchor", work / "anchor", make_package("math"), make_package("code", 2),
+             "--out", work / "merged", "--top-k", 1)
     capsys.readouterr()
     flexolmo("inspect", work / "merged", "--json")
     merged = json.loads(capsys.readouterr().out)
