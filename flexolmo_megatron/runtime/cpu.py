@@ -112,7 +112,7 @@ def enable_cpu_runtime() -> None:
     @functools.wraps(upstream_synchronize)
     def synchronize(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor:
         tokens_per_expert = upstream_synchronize(self, point, tokens_per_expert)
-        for name in ("input_splits", "output_splits", "output_splits_tp"):
+        for name in ("input_splits", "output_splits"):
             splits = getattr(self, name, None)
             if isinstance(splits, torch.Tensor):
                 setattr(self, name, splits.tolist())
