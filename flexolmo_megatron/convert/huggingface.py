@@ -129,7 +129,7 @@ def describe_bias(model: LazyModel) -> str:
     names = model.card.expert_names
     moved = [names[expert] for expert in range(len(names)) if any(bias[expert] for bias in biases.values())]
     if not moved:
-        return f"all {len(biases)} layers have a bias of 0, so dropping it changes no output"
+        return "no expert of any layer has a bias below 0, so dropping it changes no output"
     largest = max(float(bias.abs().max()) for bias in biases.values())
     return (f"dropping it raises the routing logit of {len(moved)} of {len(names)} experts ({', '.join(moved)}) by "
             f"-b, at most {largest:.4g}, so that they are chosen more often and weigh more")

@@ -4,6 +4,7 @@ Reads what transformers 4.57 and 5.x write (rope_theta at the top level or in ro
 and writes one file that both read. Whatever our model would compute differently is refused.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 def _number(values: dict[str, Any], key: str, where: str, kind: type = int) -> Any:
     value = values.get(key)
     accepted = (int, float) if kind is float else (int,)
-    if not isinstance(value, accepted) or isinstance(value, bool) or value <= 0:
+    if not isinstance(value, accepted) or isinstance(value, bool) or not 0 < value < math.inf:
         raise FlexOlmoError(f"{where}: {key} = {value!r}: expected a positive "
                             f"{'number' if kind is float else 'integer'}")
     return kind(value)

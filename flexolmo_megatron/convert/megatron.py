@@ -30,7 +30,7 @@ from flexolmo_megatron.convert.names import (
     megatron_tensors,
     slices,
 )
-from flexolmo_megatron.convert.safetensors_io import read_exactly
+from flexolmo_megatron.convert.safetensors_io import read_into
 from flexolmo_megatron.errors import FlexOlmoError
 
 METADATA_FILE = ".metadata"
@@ -85,11 +85,7 @@ class _Chunk:
         row_bytes = (width[1] - width[0]) * self.dtype.itemsize
         direct = columns == width and target.is_contiguous()
         rows = target if direct else torch.empty((last_row - first_row, width[1] - width[0]), dtype=self.dtype)
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            read_exactly(descriptor, self._data_offset + row * row_bytes, rows, self.path)
-        finally:
-            os.close(descriptor)
+        read_into(rows, self.path, self._data_offset + row * row_bytes)
         if not direct:
             target.copy_(rows[:, columns[0] - width[0]:columns[1] - width[0]].reshape(target.shape))
 

@@ -156,7 +156,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def read_exactly(descriptor: int, offset: int, target: torch.Tensor, path: Path) -> None:
-    """Fill a contiguous CPU tensor with the bytes at ``offset`` of an open file.
+    """Fill a contiguous CPU tensor with the bytes at ``offset`` of an open file; ``path`` names it in an error.
 
     Raises:
         FlexOlmoError: the file ends too early or cannot be read.
@@ -169,9 +169,22 @@ def read_exactly(descriptor: int, offset: int, target: torch.Tensor, path: Path)
         except OSError as error:
             raise FlexOlmoError(f"{path} cannot be read: {error.strerror}") from error
         if count == 0:
-            raise FlexOlmoError(f"{path} is truncated: it ends at byte {offset + done}, expected at least "
+            raise FlexOlmoError(f"{path} is truncated: {os.fstat(descriptor).st_size} bytes, expected at least "
                                 f"{offset + len(view)}")
         done += count
+
+
+def read_into(target: torch.Tensor, path: Path, offset: int) -> None:
+    """Fill a contiguous CPU tensor with the bytes at ``offset`` of the file ``path``.
+
+    Raises:
+        FlexOlmoError: the file is gone, ends too early or cannot be read.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            read_exactly(file.fileno(), offset, target, path)
+    except OSError as error:
+        raise FlexOlmoError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def read_tensor(path: str | os.PathLike, info: TensorInfo) -> torch.Tensor:
@@ -180,16 +193,8 @@ def read_tensor(path: str | os.PathLike, info: TensorInfo) -> torch.Tensor:
     Raises:
         FlexOlmoError: the file is gone, ends too early or cannot be read.
     """
-    path = Path(path)
     tensor = torch.empty(info.shape, dtype=info.dtype)
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise FlexOlmoError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        read_exactly(descriptor, info.offset, tensor, path)
-    finally:
-        os.close(descriptor)
+    read_into(tensor, Path(path), info.offset)
     return tensor
 
 
@@ -225,6 +230,7 @@ def write_tensors(file: IO[bytes], tensors: Mapping[str, LazyTensor], metadata: 
             raise AssertionError(f"{name} was announced as {lazy.dtype} {lazy.shape}, read {tensor.dtype} "
                                  f"{tensor.shape}")
         file.write(as_bytes(tensor))
+        del tensor  # before the next one is read
 
 
 def split_shards(tensors: Mapping[str, LazyTensor], max_bytes: int) -> dict[str, dict[str, LazyTensor]]:
