@@ -1,0 +1,85 @@
+"""``flexolmo eval``: bits per byte of models on domains. ``flexolmo plot``: curves of training runs."""
+
+import argparse
+
+_EVAL_EXAMPLE = """\
+example:
+  flexolmo eval --out results --reference public --routing \\
+    --model public=runs/anchor --model merged=runs/merged \\
+    --model 'without math=runs/merged@-math' --model 'code alone=runs/merged@public,code' \\
+    --domain math=data/math.jsonl --domain 'code=data/code/*.jsonl.gz'
+"""
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Add both verbs to the command line."""
+    parser = subparsers.add_parser(
+        "eval", help="bits per byte of models on domains, with pictures",
+        description="Measure how many bits each model needs per UTF-8 byte of each domain (lower is better). Prints a "
+                    "table and writes results.json, results.csv, results.md, bits_per_byte.png and, with --routing, "
+                    "routing_share.png.",
+        epilog=_EVAL_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", required=True, metavar="NAME=PATH[@EXPERTS]",
+                        help="a model and what to call it (repeatable): a Megatron checkpoint, the folder of a "
+                             "training run, or a Hugging Face directory. @a,b uses only the experts a and b beside "
+                             "the public one; @-a,-b uses all but a and b. A checkpoint that comes several times is "
+                             "loaded once")
+    parser.add_argument("--domain", action="append", required=True, metavar="NAME=FILES",
+                        help="a domain and its documents (repeatable): a file (.jsonl, .jsonl.gz, .jsonl.zst, "
+                             ".parquet) or a quoted pattern. A name that comes again adds files")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the results")
+    parser.add_argument("--max-bytes", type=int, metavar="N",
+                        help="evaluate only the first N bytes of text of each domain (default: all)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N",
+                        help="sequences that a model computes at a time; the results do not depend on it beyond "
+                             "rounding (default: %(default)s)")
+    parser.add_argument("--text-key", default="text", metavar="KEY",
+                        help="key of the JSON objects, or Parquet column, that holds a document (default: %(default)s)")
+    parser.add_argument("--max-bad", type=int, default=100, metavar="N",
+                        help="how many empty or broken documents per domain are skipped before the run stops "
+                             "(default: %(default)s)")
+    parser.add_argument("--routing", action="store_true",
+                        help="also record and draw the share of each expert, by layer and domain")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="to compute in (default: %(default)s)")
+    parser.add_argument("--anchor", metavar="PATH",
+                        help="where the anchor of pairs is now (default: where it was when each was trained)")
+    parser.add_argument("--reference", metavar="NAME",
+                        help="one of the models: show the others' change from it, in percent")
+    parser.set_defaults(run=run_eval)
+
+    parser = subparsers.add_parser(
+        "plot", help="curves of training runs",
+        description="Draw loss, validation loss, learning rate, gradient norm and tokens per second of training runs "
+                    "over their steps.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a training run, or its metrics.jsonl")
+    parser.add_argument("--out", default="training.png", metavar="FILE",
+                        help="PNG file to write; an existing one is replaced (default: %(default)s)")
+    parser.set_defaults(run=run_plot)
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    """Run ``flexolmo eval``."""
+    from rich.console import Console
+
+    from flexolmo_megatron.evaluation.candidates import parse_candidate, parse_domains
+    from flexolmo_megatron.evaluation.compare import Options, compare
+    from flexolmo_megatron.evaluation.report import check_free, write_report
+
+    check_free(args.out)
+    candidates = [parse_candidate(text) for text in args.model]
+    options = Options(max_bytes=args.max_bytes, batch_size=args.batch_size, text_key=args.text_key,
+                      max_bad=args.max_bad, routing=args.routing, dtype=args.dtype, anchor=args.anchor)
+    results = compare(candidates, parse_domains(args.domain), options, args.reference)
+    Console().print(results.to_rich())
+    for path in write_report(results, args.out):
+        print(path)
+
+
+def run_plot(args: argparse.Namespace) -> None:
+    """Run ``flexolmo plot``."""
+    from flexolmo_megatron.evaluation.metrics import read_metrics
+    from flexolmo_megatron.evaluation.plots import plot_curves
+
+    plot_curves({run: read_metrics(run) for run in args.runs}, args.out)
+    print(args.out)
