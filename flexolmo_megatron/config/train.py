@@ -77,7 +77,7 @@ class ExpertConfig:
     bias: bool = True
     """Train a bias per layer, used as min(bias, 0). False is the paper's ablation without it."""
     ffn_hidden_size: int | None = None
-    """Inner width of the expert; by default the anchor's. A narrower one starts from random weights."""
+    """Inner width of the expert; by default the anchor's. A narrower one starts from the first of the anchor's inner units."""
     coordination: bool = True
     """Ablation: False trains a dense copy of the anchor without coupling, whose FFNs are then packed as the expert."""
 

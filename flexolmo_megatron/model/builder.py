@@ -9,12 +9,31 @@ from flexolmo_megatron.model.config import FlexOlmoTransformerConfig, ModelKind
 from flexolmo_megatron.model.spec import default_backend, layer_spec
 
 
+def block_spec(
+    kind: ModelKind,
+    config: FlexOlmoTransformerConfig,
+    backend: BackendSpecProvider | None = None,
+    vp_stage: int | None = None,
+) -> TransformerBlockSubmodules:
+    """The spec of this pipeline stage's layers and of the final norm.
+
+    Args:
+        kind: dense, pair or moe.
+        config: from ``transformer_config``.
+        backend: Megatron's provider of modules; None picks Transformer Engine where it is installed.
+        vp_stage: virtual pipeline stage.
+    """
+    backend = backend or default_backend()
+    layers = [layer_spec(kind, backend)] * get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layers, backend.layer_norm(rms_norm=True))
+
+
 def build_model(
     model: ModelConfig,
     kind: ModelKind,
     config: FlexOlmoTransformerConfig,
     *,
-    backend: BackendSpecProvider | None = None,
+    spec: TransformerBlockSubmodules | None = None,
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
@@ -25,19 +44,14 @@ def build_model(
         model: the architecture.
         kind: dense, pair or moe.
         config: from ``transformer_config``.
-        backend: where modules come from; None picks Transformer Engine where installed.
+        spec: of the decoder's layers; None for ``block_spec(kind, config)``.
         pre_process: whether this pipeline stage has the embedding.
         post_process: whether this pipeline stage has the final norm and the output layer.
         vp_stage: virtual pipeline stage.
     """
-    backend = backend or default_backend()
-    spec = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(kind, backend)] * get_num_layers_to_build(config, vp_stage),
-        layer_norm=backend.layer_norm(rms_norm=True),
-    )
     return GPTModel(
         config,
-        transformer_layer_spec=spec,
+        transformer_layer_spec=spec or block_spec(kind, config, vp_stage=vp_stage),
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_position_embeddings,
         pre_process=pre_process,

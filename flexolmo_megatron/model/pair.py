@@ -9,13 +9,14 @@ from copy import copy
 from dataclasses import dataclass
 
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
 
 from flexolmo_megatron.model.config import FlexOlmoTransformerConfig
+from flexolmo_megatron.model.ffn import GatedFFN
 
 
 @dataclass
@@ -46,10 +47,10 @@ class CoupledPair(MegatronModule):
         groups = pg_collection or get_default_pg_collection()
         anchor_config = copy(config)
         anchor_config.ffn_hidden_size = config.anchor_ffn_hidden_size or config.ffn_hidden_size
-        self.anchor = MLP(
+        self.anchor = GatedFFN(
             anchor_config, submodules.mlp, ffn_hidden_size=anchor_config.ffn_hidden_size, tp_group=groups.tp
         )
-        self.expert = MLP(config, submodules.mlp, ffn_hidden_size=config.ffn_hidden_size, tp_group=groups.tp)
+        self.expert = GatedFFN(config, submodules.mlp, ffn_hidden_size=config.ffn_hidden_size, tp_group=groups.tp)
         self.router = build_module(submodules.router, config=config, pg_collection=groups)
 
     def set_layer_number(self, layer_number: int) -> None:

@@ -5,12 +5,13 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from flexolmo_megatron.model.attention import FlexOlmoSelfAttention, TorchAttention
 from flexolmo_megatron.model.config import ModelKind
+from flexolmo_megatron.model.ffn import GatedFFN
 from flexolmo_megatron.model.layer import FlexOlmoLayer, FlexOlmoLayerSubmodules
 from flexolmo_megatron.model.norm import RMSNorm
 from flexolmo_megatron.model.pair import CoupledPair, CoupledPairSubmodules
@@ -39,7 +40,7 @@ def default_backend() -> BackendSpecProvider:
 def _mlp_spec(kind: ModelKind, backend: BackendSpecProvider) -> ModuleSpec:
     linears = MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear())
     if kind == "dense":
-        return ModuleSpec(module=MLP, submodules=linears)
+        return ModuleSpec(module=GatedFFN, submodules=linears)
     if kind == "pair":
         return ModuleSpec(module=CoupledPair, submodules=CoupledPairSubmodules(mlp=linears, router=PairRouter))
     grouped_gemm = not isinstance(backend, LocalSpecProvider)

@@ -66,7 +66,8 @@ def initialize(*, tensor_parallel: int = 1, pipeline_parallel: int = 1, expert_p
     if on_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
-    from megatron.core import parallel_state, tensor_parallel as megatron_tensor_parallel
+    from megatron.core import parallel_state
+    from megatron.core import tensor_parallel as megatron_tensor_parallel
 
     if not torch.distributed.is_initialized():
         backend = "nccl" if on_cuda else "gloo"

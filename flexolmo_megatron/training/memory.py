@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from itertools import chain
 
-import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor

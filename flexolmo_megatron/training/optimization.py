@@ -2,7 +2,12 @@
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    USING_PYTORCH_OPTIMIZER,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from flexolmo_megatron.config.train import TrainConfig
@@ -11,7 +16,7 @@ from flexolmo_megatron.config.train import TrainConfig
 def build_optimizer(config: TrainConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW over the parameters that train, with global gradient clipping."""
     settings = config.optimizer
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
@@ -27,6 +32,11 @@ def build_optimizer(config: TrainConfig, chunks: list[DistributedDataParallel]) 
         ),
         chunks,
     )
+    if USING_PYTORCH_OPTIMIZER:
+        # Without Transformer Engine and apex upstream takes torch's AdamW, and leaves its fused kernel off.
+        for group in optimizer.param_groups:
+            group["fused"] = True
+    return optimizer
 
 
 def build_scheduler(config: TrainConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

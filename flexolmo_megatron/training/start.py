@@ -15,6 +15,7 @@ from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.convert.lazy import LazyModel
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.convert.variants import as_dense, upcycle
+from flexolmo_megatron.domain.publish import dense_digest
 from flexolmo_megatron.domain.vector import load_vector
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.digest import model_digest
@@ -109,8 +110,7 @@ def _start_expert(config: TrainConfig) -> Start:
         return _start_uncoordinated(config, anchor, card)
     model = _build(config, model_config, "pair", anchor_ffn_hidden_size=anchor.card.model.ffn_hidden_size)
     load_anchor(model, anchor)
-    if width == anchor.card.model.ffn_hidden_size:
-        init_expert_from_anchor(model)
+    init_expert_from_anchor(model, anchor)
     for layer in model.decoder.layers:
         router = layer.mlp.router
         with torch.no_grad():
@@ -130,12 +130,14 @@ def _first_rows(config: TrainConfig, anchor: LazyModel) -> tuple[torch.Tensor, d
     if config.expert.domain_vector is None:
         raise FlexOlmoError("expert.domain_vector has no value: expected a file from `flexolmo embed`, or expert.random_row=true")
     vector = load_vector(config.expert.domain_vector)
-    if vector.vectors.shape[0] not in (1, size.num_layers) or vector.vectors.shape[1] != size.hidden_size:
+    vector.check_fits(size.num_layers, size.hidden_size, config.expert.domain_vector)
+    digest = dense_digest(anchor)
+    if vector.dense_digest != digest:
         raise FlexOlmoError(
-            f"{config.expert.domain_vector} holds vectors of shape {tuple(vector.vectors.shape)}: expected "
-            f"[1 or {size.num_layers}, {size.hidden_size}] for this anchor"
+            f"{config.expert.domain_vector} was made for another anchor (digest {vector.dense_digest[:12]}…): "
+            f"expected one for {config.anchor} (digest {digest[:12]}…)"
         )
-    return torch.from_numpy(vector.vectors), {"embedder": vector.embedder, "documents": vector.documents}
+    return torch.from_numpy(vector.vectors), vector.record()
 
 
 def _start_uncoordinated(config: TrainConfig, anchor: LazyModel, card: ModelCard) -> Start:
