@@ -22,7 +22,6 @@ from flexolmo_megatron.exchange.digest import model_digest
 from flexolmo_megatron.exchange.manifest import check_expert_name
 from flexolmo_megatron.model.builder import build_model
 from flexolmo_megatron.model.config import transformer_config
-from flexolmo_megatron.model.router import DomainRouter
 from flexolmo_megatron.model.weights import init_expert_from_anchor, load_anchor, load_weights
 from flexolmo_megatron.runtime.setup import local_device
 from flexolmo_megatron.training.freezing import freeze_anchor
@@ -178,12 +177,7 @@ def _build(config: TrainConfig, model: ModelConfig, kind: str, **options: int) -
 
 
 def _wrap(config: TrainConfig, model: GPTModel) -> DistributedDataParallel:
-    module = model
-    if config.bf16:
-        module = Float16Module(model.config, model)
-        for part in model.modules():
-            if isinstance(part, DomainRouter) and part.bias is not None:
-                part.bias.data = part.bias.data.float()  # its small steps near 0 would be lost in bf16
+    module = Float16Module(model.config, model) if config.bf16 else model
     return DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.training import runs
+
 
 @pytest.fixture(scope="session")
 def word_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -20,3 +22,21 @@ def word_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A trained and published anchor, data and a domain vector (see runs.py)."""
+    return runs.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def expert_options(world):
+    """The owner's command line as a function of the output folder and further options."""
+    return lambda out, *options: runs.expert_options(world, out, *options)
+
+
+@pytest.fixture(scope="session")
+def metrics():
+    """A run's metrics.jsonl, parsed."""
+    return runs.metrics

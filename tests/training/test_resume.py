@@ -1,0 +1,127 @@
+"""A stopped and resumed run repeats an unbroken one bit by bit; checkpoints are complete or absent."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from flexolmo_megatron.cli import main
+from flexolmo_megatron.convert.model import open_model
+from flexolmo_megatron.exchange.digest import model_digest
+
+COMPARED = ("step", "loss", "grad_norm", "lr", "z_loss", "valid_loss")
+
+
+def essence(rows):
+    return [{name: row[name] for name in COMPARED if name in row} for row in rows]
+
+
+@pytest.mark.parametrize("options", [
+    [], ["optimizer.use_distributed_optimizer=true"], ["bf16=true"], ["optimizer.lr_decay_style=WSD", "optimizer.lr_wsd_decay_iters=3"],
+], ids=["fp32", "distributed optimizer", "bf16", "WSD"])
+def test_resumed_equals_unbroken(expert_options, metrics, tmp_path, options):
+    options = [*options, "eval_interval=3", "optimizer.lr_warmup_iters=2"]
+    assert main(expert_options(tmp_path / "unbroken", *options)) == 0
+    assert main(expert_options(tmp_path / "broken", *options, "stop_after=1")) == 0
+    assert main(expert_options(tmp_path / "broken", *options, "stop_after=3")) == 0
+    assert main(expert_options(tmp_path / "broken", *options)) == 0
+    unbroken, broken = metrics(tmp_path / "unbroken"), metrics(tmp_path / "broken")
+    assert essence(broken) == essence(unbroken)
+    assert len(unbroken) == 6
+    assert model_digest(open_model(tmp_path / "broken")) == model_digest(open_model(tmp_path / "unbroken"))
+
+
+def test_a_kept_number_of_checkpoints(expert_options, tmp_path):
+    assert main(expert_options(tmp_path / "run", "save_interval=1", "keep=2")) == 0
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_00000005", "step_00000006"]
+
+
+def test_a_finished_run_says_so(expert_options, tmp_path, capsys):
+    assert main(expert_options(tmp_path / "run")) == 0
+    assert main(expert_options(tmp_path / "run")) == 0
+    assert "has all of its 6 steps already" in capsys.readouterr().out
+
+
+def test_a_run_of_another_kind_and_a_foreign_folder_are_refused(world, expert_options, tmp_path, capsys):
+    options = expert_options(f"{world}/anchor_run")
+    assert main(options) == 2
+    assert "holds a run of `train anchor`, not of `train expert`" in capsys.readouterr().err
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main(expert_options(tmp_path)) == 2
+    assert "is a folder with other things in it" in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_torn_checkpoint_is_refused_with_its_name(expert_options, tmp_path, capsys):
+    assert main(expert_options(tmp_path / "run", "stop_after=2")) == 0
+    (file,) = (tmp_path / "run" / "checkpoints" / "step_00000002").glob("__0_0.distcp")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert main(expert_options(tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert "step_00000002" in error and "cannot be loaded" in error
+    assert "Traceback" not in error
+
+
+def _command(options):
+    return [sys.executable, "-m", "flexolmo_megatron.cli", *options]
+
+
+def test_kill_and_resume(expert_options, metrics, tmp_path):
+    options = ["save_interval=2", "train_iters=30"]
+    assert main(expert_options(tmp_path / "unbroken", *options)) == 0
+    process = subprocess.Popen(_command(expert_options(tmp_path / "killed", *options)), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoints" / "step_00000004").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for path in (tmp_path / "killed" / "checkpoints").iterdir():
+        assert path.name.startswith(".") or (path / "flexolmo.json").is_file()
+    assert main(expert_options(tmp_path / "killed", *options)) == 0
+    assert essence(metrics(tmp_path / "killed")) == essence(metrics(tmp_path / "unbroken"))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(expert_options, tmp_path):
+    assert main(expert_options(tmp_path / "run", "stop_after=2")) == 0
+    before = model_digest(open_model(tmp_path / "run"))
+    limit = 20_000  # bytes a file may have: enough for the log, too little for a checkpoint
+
+    def limit_files():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    result = subprocess.run(
+        _command(expert_options(tmp_path / "run", "stop_after=2")), preexec_fn=limit_files, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+    )
+    assert result.returncode == 2, result.stderr
+    assert "step_00000004" in result.stderr and "intact" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+    assert model_digest(open_model(tmp_path / "run")) == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(expert_options, tmp_path, capsys, monkeypatch):
+    from flexolmo_megatron.training import loop
+
+    monkeypatch.setattr(loop._Run, "_pass", lambda self, iterator, forward_only: float("nan"))
+    assert main(expert_options(tmp_path / "run")) == 2
+    assert "step 1: the loss is nan" in capsys.readouterr().err
+
+
+def test_metrics_of_steps_that_are_done_again_are_dropped(expert_options, metrics, tmp_path):
+    assert main(expert_options(tmp_path / "run", "stop_after=2")) == 0
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 3, "loss": 0.0}) + "\n")
+    assert main(expert_options(tmp_path / "run")) == 0
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[2]["loss"] > 0
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)
