@@ -15,9 +15,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     """Add both verbs to the command line."""
     parser = subparsers.add_parser(
         "eval", help="bits per byte of models on domains, with pictures",
-        description="Measure how many bits each model needs per UTF-8 byte of each domain (lower is better). Prints a "
-                    "table and writes results.json, results.csv, results.md, bits_per_byte.png and, with --routing, "
-                    "routing_share.png.",
+        description="Measure how many bits each model needs per UTF-8 byte of each domain (lower is better).\n"
+                    "Prints a table and writes results.json, results.csv, results.md, bits_per_byte.png and,\n"
+                    "with --routing, routing_share.png.",
         epilog=_EVAL_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", required=True, metavar="NAME=PATH[@EXPERTS]",
                         help="a model and what to call it (repeatable): a Megatron checkpoint, the folder of a "
@@ -30,9 +30,10 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the results")
     parser.add_argument("--max-bytes", type=int, metavar="N",
                         help="evaluate only the first N bytes of text of each domain (default: all)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N",
-                        help="sequences that a model computes at a time; the results do not depend on it beyond "
-                             "rounding (default: %(default)s)")
+    parser.add_argument("--batch-tokens", type=int, default=8192, metavar="N",
+                        help="tokens, with padding, that a model computes at a time, but at least one sequence; more "
+                             "is faster and takes more memory, the results differ by rounding only (default: "
+                             "%(default)s)")
     parser.add_argument("--text-key", default="text", metavar="KEY",
                         help="key of the JSON objects, or Parquet column, that holds a document (default: %(default)s)")
     parser.add_argument("--max-bad", type=int, default=100, metavar="N",
@@ -68,7 +69,7 @@ def run_eval(args: argparse.Namespace) -> None:
 
     check_free(args.out)
     candidates = [parse_candidate(text) for text in args.model]
-    options = Options(max_bytes=args.max_bytes, batch_size=args.batch_size, text_key=args.text_key,
+    options = Options(max_bytes=args.max_bytes, batch_tokens=args.batch_tokens, text_key=args.text_key,
                       max_bad=args.max_bad, routing=args.routing, dtype=args.dtype, anchor=args.anchor)
     results = compare(candidates, parse_domains(args.domain), options, args.reference)
     Console().print(results.to_rich())

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.candidates import Candidate
-from flexolmo_megatron.evaluation.perplexity import DEFAULT_BATCH_SIZE, DomainScore, evaluate_documents
+from flexolmo_megatron.evaluation.perplexity import DEFAULT_BATCH_TOKENS, DomainScore, evaluate_documents
 from flexolmo_megatron.evaluation.results import Results, check_reference
 from flexolmo_megatron.evaluation.routing import RoutingRecorder, RoutingShare
 from flexolmo_megatron.inference.model import Model, load_model
@@ -27,8 +27,8 @@ class Options:
 
     max_bytes: int | None = None
     """UTF-8 bytes of each domain, from its first document on; None for all."""
-    batch_size: int = DEFAULT_BATCH_SIZE
-    """Sequences that a model computes at a time."""
+    batch_tokens: int = DEFAULT_BATCH_TOKENS
+    """Tokens, with padding, that a model computes at a time; at least one sequence."""
     text_key: str = "text"
     """Key of the JSON objects, or Parquet column, that holds the text."""
     max_bad: int = DEFAULT_MAX_BAD
@@ -41,7 +41,7 @@ class Options:
     """Where the anchor of pairs is now; None for where it was when each was trained."""
 
     def __post_init__(self) -> None:
-        for name, smallest in (("max_bytes", 1), ("batch_size", 1), ("max_bad", 0)):
+        for name, smallest in (("max_bytes", 1), ("batch_tokens", 1), ("max_bad", 0)):
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise FlexOlmoError(f"--{name.replace('_', '-')} {value}: expected at least {smallest}")
@@ -81,7 +81,7 @@ def _evaluate(model: Model, candidate: Candidate, domain: str, files: Sequence[s
         try:
             score = evaluate_documents(
                 model, texts, experts=candidate.experts(model.expert_names), max_bytes=options.max_bytes,
-                batch_size=options.batch_size, recorder=recorder, progress=bar.update)
+                batch_tokens=options.batch_tokens, recorder=recorder, progress=bar.update)
         except FlexOlmoError as error:
             raise FlexOlmoError(f"{title}: {error}") from error
     skipped = f"; skipped {bad.report()}" if bad.counts else ""

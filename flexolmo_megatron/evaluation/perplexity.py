@@ -25,9 +25,9 @@ from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.routing import RoutingRecorder
 from flexolmo_megatron.inference.model import Model
 
-DEFAULT_BATCH_SIZE = 8
-_BATCHES_SORTED_TOGETHER = 64
-"""How many batches of windows are held and sorted by length; bounds both padding and memory."""
+DEFAULT_BATCH_TOKENS = 8192
+_SORTED_TOGETHER = 2048
+"""How many windows are held and sorted by length; bounds both padding and memory."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def evaluate_documents(
     *,
     experts: Sequence[str] | None = None,
     max_bytes: int | None = None,
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
     recorder: RoutingRecorder | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> DomainScore:
@@ -135,7 +135,7 @@ def evaluate_documents(
         texts: one document each, not empty.
         experts: the only experts to use, by name, "public" among them; None for all.
         max_bytes: UTF-8 bytes to evaluate, from the first document on; None for all.
-        batch_size: sequences that the model computes at a time.
+        batch_tokens: tokens, with padding, that the model computes at a time; at least one sequence.
         recorder: of this model, within its ``with`` block; adds up the experts that are chosen to predict the tokens.
         progress: called after each batch with the number of tokens that it predicted.
 
@@ -158,10 +158,12 @@ def evaluate_documents(
             yield from _windows(document, tokens, tokenizer.eod, length)
 
     stream = windows()
-    while held := list(itertools.islice(stream, _BATCHES_SORTED_TOGETHER * batch_size)):
-        held.sort(key=lambda window: len(window.tokens), reverse=True)  # longest first: too large a batch fails at once
-        for start in range(0, len(held), batch_size):
-            batch = held[start:start + batch_size]
+    while held := list(itertools.islice(stream, _SORTED_TOGETHER)):
+        held.sort(key=lambda window: len(window.tokens))
+        while held:
+            size = max(1, batch_tokens // (len(held[-1].tokens) - 1))
+            batch = held[-size:][::-1]
+            del held[-size:]
             for window, value in zip(batch, _nll(model, batch, tokenizer.eod, experts, recorder), strict=True):
                 if not math.isfinite(value):
                     raise FlexOlmoError(f"the model's log-likelihood of document {window.document + 1} is {value}: "

@@ -91,17 +91,17 @@ class Results:
                                  score.documents, score.text_bytes, score.tokens])
         return file.getvalue()
 
-    def _cells(self, model: str) -> list[tuple[str, bool]]:
-        """Text of each domain's cell, and whether it is the best of its column."""
+    def _cells(self, model: str, form: Callable[[str, str, bool], Any]) -> list[Any]:
+        """What ``form`` makes of each domain's number, its change from the reference ("" if none), and being the best."""
         cells = []
         for domain in self.domains:
-            text = f"{self.scores[model][domain].bits_per_byte:.4f}"
             change = self.change(model, domain)
-            cells.append((text if change is None else f"{text} ({change:+.1f} %)", self.best(domain) == model))
+            cells.append(form(f"{self.scores[model][domain].bits_per_byte:.4f}",
+                              "" if change is None else f"{change:+.1f} %", self.best(domain) == model))
         return cells
 
     def _caption(self, best: str) -> str:
-        compared = f"; in brackets the change from {self.reference}" if self.reference is not None else ""
+        compared = f"; % is the change from {self.reference}" if self.reference is not None else ""
         return f"Bits per byte, lower is better; {best}{compared}."
 
     def to_markdown(self) -> str:
@@ -109,21 +109,26 @@ class Results:
         def line(cells: list[str]) -> str:
             return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
+        def cell(number: str, change: str, best: bool) -> str:
+            text = f"{number} ({change})" if change else number
+            return f"**{text}**" if best else text
+
         lines = [line(["model", *self.domains]), "|---|" + "---:|" * len(self.domains)]
-        for model in self.models:
-            lines.append(line([model, *(f"**{text}**" if best else text for text, best in self._cells(model))]))
+        lines += [line([model, *self._cells(model, cell)]) for model in self.models]
         return "\n".join([*lines, "", self._caption("the best of each column in bold"), ""])
 
     def to_rich(self) -> Table:
         """The same table for the terminal; the best of each column has a star, and is green where there is colour."""
-        table = Table(caption=self._caption("* best of its column"), caption_justify="left")
+        def cell(number: str, change: str, best: bool) -> Text:
+            text = f"{'* ' if best else ''}{number}" + (f"\n{change}" if change else "")
+            return Text(text, style="bold green" if best else "")
+
+        table = Table(show_lines=True, caption=self._caption("* best of its column"), caption_justify="left")
         table.add_column("model")
         for domain in self.domains:
-            table.add_column(Text(domain), justify="right")
+            table.add_column(Text(domain), justify="right", no_wrap=True)
         for model in self.models:
-            cells = [Text(f"* {text}", style="bold green") if best else Text(text)
-                     for text, best in self._cells(model)]
-            table.add_row(Text(model), *cells)
+            table.add_row(Text(model), *self._cells(model, cell))
         return table
 
     def save(self, directory: str | os.PathLike) -> None:

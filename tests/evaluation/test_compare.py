@@ -70,13 +70,13 @@ def test_bits_of_a_document_by_hand(runs: Path) -> None:
     assert evaluate_documents(model, [text]).bits == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_batching_and_padding_change_no_result(runs: Path, batch_size: int) -> None:
+@pytest.mark.parametrize("batch_tokens", [1, 90, 8192])
+def test_batching_and_padding_change_no_result(runs: Path, batch_tokens: int) -> None:
     model = load_model(runs / "merged")
     alone = [evaluate_documents(model, [text], experts=[PUBLIC, "math"]) for text in TEXTS["prose"]]
     recorder = RoutingRecorder(model.module, model.expert_names)
     with recorder:
-        together = evaluate_documents(model, TEXTS["prose"], experts=[PUBLIC, "math"], batch_size=batch_size,
+        together = evaluate_documents(model, TEXTS["prose"], experts=[PUBLIC, "math"], batch_tokens=batch_tokens,
                                       recorder=recorder)
     assert together.bits == pytest.approx(sum(score.bits for score in alone), rel=1e-5)
     assert recorder._first_LE.sum(dim=1).tolist() == [together.tokens] * SIZES.num_layers
@@ -162,7 +162,7 @@ def test_missing_and_broken_documents(runs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("option", "message"), [({"max_bytes": 0}, "--max-bytes 0: expected at least 1"),
-                                                 ({"batch_size": 0}, "--batch-size 0: expected at least 1"),
+                                                 ({"batch_tokens": 0}, "--batch-tokens 0: expected at least 1"),
                                                  ({"max_bad": -1}, "--max-bad -1: expected at least 0")])
 def test_impossible_options(option: dict[str, int], message: str) -> None:
     with pytest.raises(FlexOlmoError, match=message):
@@ -178,7 +178,7 @@ def only_our_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_command_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["eval", "--model", f"public={runs / 'anchor'}", "--model", f"no math={runs / 'merged'}@-math",
                  "--domain", f"prose={runs / 'prose.jsonl'}", "--domain", f"math={runs / 'ma*.jsonl'}",
-                 "--max-bytes", "50", "--batch-size", "2", "--routing", "--reference", "public",
+                 "--max-bytes", "50", "--batch-tokens", "64", "--routing", "--reference", "public",
                  "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
     output = capsys.readouterr().out

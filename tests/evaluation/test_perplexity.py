@@ -82,13 +82,13 @@ def test_bytes_and_not_characters_or_tokens_are_counted() -> None:
     assert score.standard_error is None
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
-def test_neither_batching_nor_padding_nor_neighbours_change_the_result(batch_size: int) -> None:
+@pytest.mark.parametrize("batch_tokens", [1, 20, 50, 8192])
+def test_neither_batching_nor_padding_nor_neighbours_change_the_result(batch_tokens: int) -> None:
     texts = ["x" * size + "yz" for size in (1, 9, 3, 40, 14, 2, 1)]
     alone = [evaluate_documents(FakeModel(contextual), [text]).bits for text in texts]
-    together = evaluate_documents(FakeModel(contextual), texts, batch_size=batch_size)
+    together = evaluate_documents(FakeModel(contextual), texts, batch_tokens=batch_tokens)
     assert together.bits == pytest.approx(sum(alone), rel=1e-6)
-    again = evaluate_documents(FakeModel(contextual), texts, batch_size=batch_size)
+    again = evaluate_documents(FakeModel(contextual), texts, batch_tokens=batch_tokens)
     assert again == together
 
 
@@ -96,7 +96,7 @@ def test_windows_predict_every_token_once_from_at_least_half_a_window() -> None:
     text = "abcdefghijklmnopqrstu"  # 21 tokens
     tokens = [256, *text.encode()]
     model = FakeModel(contextual, length=8)
-    score = evaluate_documents(model, [text], batch_size=1)
+    score = evaluate_documents(model, [text], batch_tokens=8)
 
     def bits(window: list[int], targets: range) -> float:
         logits = contextual(torch.tensor([window]))[0].log_softmax(dim=-1)
@@ -120,9 +120,15 @@ def test_the_smallest_window() -> None:
     assert evaluate_documents(FakeModel(repeats, length=1), ["aab"]).bits == pytest.approx(2 * OTHER + REPEAT, rel=1e-6)
 
 
+def test_batches_stay_within_their_tokens_and_go_from_long_to_short() -> None:
+    model = FakeModel(contextual)
+    evaluate_documents(model, ["x" * size for size in (3, 16, 2, 10, 4)], batch_tokens=20)
+    assert [asked.shape for asked, _ in model.asked] == [(1, 16), (2, 10), (2, 3)]
+
+
 def test_experts_are_handed_to_the_model_and_progress_counts_tokens() -> None:
     model, seen = FakeModel(uniform), []
-    evaluate_documents(model, ["abc", "x" * 40], experts=["public", "math"], batch_size=2, progress=seen.append)
+    evaluate_documents(model, ["abc", "x" * 40], experts=["public", "math"], batch_tokens=32, progress=seen.append)
     assert {tuple(experts) for _, experts in model.asked} == {("public", "math")}
     assert sum(seen) == 43
 
