@@ -92,7 +92,7 @@ class Results:
         return file.getvalue()
 
     def _cells(self, model: str, form: Callable[[str, str, bool], Any]) -> list[Any]:
-        """What ``form`` makes of each domain's number, its change from the reference ("" if none), and being the best."""
+        """What ``form`` makes of each domain's number, its change from the reference ("" if none), and being best."""
         cells = []
         for domain in self.domains:
             change = self.change(model, domain)
