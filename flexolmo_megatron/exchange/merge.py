@@ -25,6 +25,7 @@ from flexolmo_megatron.convert.model import exclude_experts, save_model, total_b
 from flexolmo_megatron.convert.names import expected_tensors
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.digest import BackgroundDigest
+from flexolmo_megatron.exchange.flush import BackgroundFlush
 from flexolmo_megatron.exchange.package import PROJECTIONS, Package, open_package
 from flexolmo_megatron.exchange.progress import Progress, no_progress
 from flexolmo_megatron.exchange.tensor_file import HashPool
@@ -152,7 +153,8 @@ def write_merged(base: LazyModel, packages: Sequence[str | os.PathLike], out: st
                 check_anchor(False)  # rather now than after the rest has been written
                 add(count)
 
-            _save(watch(merged, after_read), staging, out, format, drop_bias)
+            with BackgroundFlush(staging.parent, staging.name):
+                _save(watch(merged, after_read), staging, out, format, drop_bias)
             for package in opened:
                 package.check_contents()
             check_anchor(True)

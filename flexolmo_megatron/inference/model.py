@@ -168,14 +168,14 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype = torch.float32, *,
     from flexolmo_megatron.runtime.setup import initialize, local_device
 
     initialize()
-    from flexolmo_megatron.model.builder import build_model
+    from flexolmo_megatron.model.builder import block_spec, build_model
     from flexolmo_megatron.model.config import transformer_config
     from flexolmo_megatron.model.spec import TorchSpecProvider
     from flexolmo_megatron.model.weights import load_weights
 
     card = lazy.card
     config = transformer_config(card.model, card.kind, dtype=dtype, perform_initialization=False)
-    module = build_model(card.model, card.kind, config, backend=TorchSpecProvider())
+    module = build_model(card.model, card.kind, config, spec=block_spec(card.kind, config, TorchSpecProvider()))
     load_weights(module, lazy)
     module.requires_grad_(False)
     return Model(module.to(local_device()).eval(), card, local_device())

@@ -85,6 +85,9 @@ class PairRouter(DomainRouter):
         self.row = nn.Parameter(rows[1:].clone())
         for parameter in (self.public_row, self.row):
             parameter.sequence_parallel = config.sequence_parallel
+        if not config.sequence_parallel:
+            # Upstream's z-loss is divided over the ranks that share a sequence; here each of them sees all of it.
+            self.tp_cp_group = self.cp_group
         if config.router_bias:
             device = rows.device
             self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device))

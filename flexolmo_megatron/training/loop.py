@@ -223,9 +223,16 @@ class _Run:
         }
         tracker = get_moe_layer_wise_logging_tracker()
         if "z_loss" in tracker:
-            row["z_loss"] = tracker["z_loss"]["values"].mean().item()
+            row["z_loss"] = self._mean_z_loss(tracker["z_loss"]["values"])
             clear_aux_losses_tracker()
         return row
+
+    def _mean_z_loss(self, values_L: Tensor) -> float:
+        """Mean over layers, microbatches and ranks of the z-loss without its coefficient; each stage has its own layers."""
+        total = values_L.sum() / (len(values_L) * self.microbatches)
+        torch.distributed.all_reduce(total)
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        return (total * stages / torch.distributed.get_world_size()).item()
 
     @torch.no_grad()
     def _validate(self) -> float:

@@ -7,7 +7,8 @@ from flexolmo_megatron.exchange.bench import Case, bench_merge, render
 def test_measures_and_memory_does_not_grow(tmp_path):
     sizes = {"hidden_size": 512, "ffn_hidden_size": 1376, "vocab_size": 1024}
     lines = []
-    small, large = bench_merge(tmp_path, cases=(Case(1, 1, **sizes), Case(6, 8, **sizes)), rounds=1, report=lines.append)
+    cases = (Case(1, 1, **sizes), Case(6, 8, **sizes))
+    small, large = bench_merge(tmp_path, cases=cases, rounds=1, report=lines.append)
     assert large.num_bytes > 10 * small.num_bytes > 10 * small.largest_tensor
     assert large.peak_rss[0] < small.peak_rss[0] + 100 * 2**20
     assert large.peak_rss[0] < large.largest_tensor + 2**30

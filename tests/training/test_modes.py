@@ -78,7 +78,8 @@ def test_two_processes_give_the_losses_of_one(expert_options, tmp_path, options)
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         # The same sums in another order.
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
-        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+        assert one["z_loss"] == pytest.approx(two["z_loss"], rel=1e-4)
     one, two = open_model(tmp_path / "one"), open_model(tmp_path / "two")
     assert one.tensors.keys() == two.tensors.keys()
 
