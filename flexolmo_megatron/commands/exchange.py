@@ -82,19 +82,8 @@ def _register_inspect(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run_inspect)
 
 
-def _use_huge_pages() -> None:
-    """Let torch use huge pages, if it is not imported yet and the system has them.
-
-    Every tensor that is read is new memory; mapping it in small pages takes longer than copying it from the page cache.
-    """
-    import os
-
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
 def run_pack(args: argparse.Namespace) -> None:
     """Run ``flexolmo pack``."""
-    _use_huge_pages()
     from flexolmo_megatron.convert.model import open_model, total_bytes
     from flexolmo_megatron.convert.progress import byte_progress
     from flexolmo_megatron.exchange.package import pack
@@ -115,7 +104,6 @@ def run_pack(args: argparse.Namespace) -> None:
 
 def run_verify(args: argparse.Namespace) -> None:
     """Run ``flexolmo verify``."""
-    _use_huge_pages()
     from rich.console import Console
 
     from flexolmo_megatron.convert.model import open_model, total_bytes
@@ -137,7 +125,6 @@ def run_verify(args: argparse.Namespace) -> None:
 
 def run_merge(args: argparse.Namespace) -> None:
     """Run ``flexolmo merge``."""
-    _use_huge_pages()
     from functools import partial
 
     from flexolmo_megatron.convert.model import open_model
@@ -162,7 +149,6 @@ def run_merge(args: argparse.Namespace) -> None:
 
 def run_inspect(args: argparse.Namespace) -> None:
     """Run ``flexolmo inspect``."""
-    _use_huge_pages()
     import json
     from functools import partial
 

@@ -164,8 +164,7 @@ def _timed_copy(inputs: list[Path], out: Path) -> float:
 def _timed_merge(inputs: list[Path], out: Path, format: str) -> tuple[float, int]:
     os.sync()
     command = [sys.executable, "-m", __name__, format, str(out), *map(str, inputs)]
-    environment = {"THP_MEM_ALLOC_ENABLE": "1", **os.environ}  # as the command line sets it
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if child.returncode:
         raise FlexOlmoError(f"the merging process ended with status {child.returncode}; see its message above")
     result = json.loads(child.stdout)

@@ -25,10 +25,9 @@ from flexolmo_megatron.convert.model import exclude_experts, save_model, total_b
 from flexolmo_megatron.convert.names import expected_tensors
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.digest import BackgroundDigest
-from flexolmo_megatron.exchange.flush import BackgroundFlush
+from flexolmo_megatron.exchange.hash_pool import HashPool
 from flexolmo_megatron.exchange.package import PROJECTIONS, Package, open_package
 from flexolmo_megatron.exchange.progress import Progress, no_progress
-from flexolmo_megatron.exchange.tensor_file import HashPool
 from flexolmo_megatron.exchange.verify import AnchorReference, VerifiedPackage, anchor_of, check_fits, without_bias
 from flexolmo_megatron.files import atomic_directory
 
@@ -143,7 +142,7 @@ def write_merged(base: LazyModel, packages: Sequence[str | os.PathLike], out: st
         FlexOlmoError: a package is refused, or ``out`` exists or cannot be written.
     """
     out = Path(out)
-    with HashPool() as pool:
+    with _one_torch_thread(), HashPool() as pool:
         opened = [open_package(path, pool) for path in packages]
         merged = compose(base, opened, top_k=top_k)
         with atomic_directory(out) as staging, _anchor_check(base, opened) as check_anchor, \
@@ -153,13 +152,23 @@ def write_merged(base: LazyModel, packages: Sequence[str | os.PathLike], out: st
                 check_anchor(False)  # rather now than after the rest has been written
                 add(count)
 
-            with BackgroundFlush(staging.parent, staging.name):
-                _save(watch(merged, after_read), staging, out, format, drop_bias)
+            _save(watch(merged, after_read), staging, out, format, drop_bias)
             for package in opened:
                 package.check_contents()
             check_anchor(True)
         positive = {package.manifest.name: package.positive_bias_layers() for package in opened}
     return MergeReport(merged.card, total_bytes(merged), {name: layers for name, layers in positive.items() if layers})
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Keep torch's own threads from competing, waiting busily, with those that hash."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from flexolmo_megatron.convert.model import watch
 from flexolmo_megatron.convert.safetensors_io import write_tensors
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.digest import DTYPE_NAMES
+from flexolmo_megatron.exchange.hash_pool import HashPool
 from flexolmo_megatron.exchange.manifest import (
     DP_FIELDS,
     MANIFEST_FILE,
@@ -30,7 +31,7 @@ from flexolmo_megatron.exchange.manifest import (
     parse_manifest,
 )
 from flexolmo_megatron.exchange.safe_open import open_directory, open_regular, read_start
-from flexolmo_megatron.exchange.tensor_file import HashPool, TensorFile
+from flexolmo_megatron.exchange.tensor_file import TensorFile
 from flexolmo_megatron.files import atomic_directory, write_json
 
 WHAT = f"an expert package, which holds {MANIFEST_FILE} and {TENSOR_FILE} and nothing else"

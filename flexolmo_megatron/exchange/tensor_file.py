@@ -10,9 +10,8 @@ import hashlib
 import os
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +20,11 @@ import torch
 from flexolmo_megatron.convert.lazy import LazyTensor
 from flexolmo_megatron.convert.safetensors_io import TensorInfo, as_bytes, read_exactly, read_header
 from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.exchange.hash_pool import HashPool
 from flexolmo_megatron.exchange.safe_open import looks_pickled
 
 MAX_HEADER_BYTES = 4 * 1024 * 1024
 """Enough for more than 5,000 layers."""
-
-
-class HashPool:
-    """Threads that hash tensors while their reader goes on (hashlib releases the GIL).
-
-    One pool serves all files of a merge, and few tensors wait in it: memory does not grow with the number of packages.
-    """
-
-    def __init__(self) -> None:
-        workers = min(4, os.cpu_count() or 1)
-        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="sha256")
-        self._pending: deque[Future] = deque()
-        self._limit = workers
-
-    def submit(self, function: Callable[..., None], *args: Any) -> Future:
-        while len(self._pending) >= self._limit:
-            self._pending.popleft().result()
-        future = self._executor.submit(function, *args)
-        self._pending.append(future)
-        return future
-
-    def __enter__(self) -> "HashPool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._executor.shutdown(cancel_futures=True)
 
 
 class TensorFile:
@@ -137,7 +111,7 @@ class TensorFile:
         return FlexOlmoError(f"{self.where} was changed while it was being used; nothing of it can be trusted")
 
     def _read(self, offset: int, length: int) -> torch.Tensor:
-        data = torch.empty(length, dtype=torch.uint8)
+        data = torch.empty(length, dtype=torch.uint8) if self._pool is None else self._pool.empty(length)
         read_exactly(self._descriptor, offset, data, Path(self.where))
         return data
 
@@ -153,7 +127,7 @@ class TensorFile:
             check(index, data)
         else:
             # The pool starts jobs in the order of submission, so waiting inside one for an earlier one cannot deadlock.
-            self._last = self._pool.submit(self._after, self._last, check, index, data)
+            self._last = self._pool.submit(data.nbytes, self._after, self._last, check, index, data)
 
     @staticmethod
     def _after(previous: Future | None, check: Callable[[int, torch.Tensor], None], index: int,
