@@ -53,7 +53,7 @@ def run_pair_step(args: argparse.Namespace) -> None:
     from flexolmo_megatron.training.bench import bench_pair_step, table
 
     contestants = bench_pair_step(model, args.sequences, args.length, args.rounds, args.seed)
-    Console(width=160).print(table(contestants, args.sequences * args.length))
+    Console(width=165).print(table(contestants, args.sequences * args.length))
 
 
 def run_merge(args: argparse.Namespace) -> None:

@@ -16,6 +16,10 @@ class DataConfig:
     """Prefixes of .bin/.idx files from `flexolmo data`; for a blend, weights and prefixes in turn: [0.7, own, 0.3, public]."""
     valid: list[str] = field(default_factory=list)
     """The same for validation; empty for no validation."""
+    public: list[str] = field(default_factory=list)
+    """Public data to mix into an owner's run, given like train: it teaches the router row where the anchor is better."""
+    public_share: float = 0.0
+    """Share of the samples that come from `public`, from 0 to below 1. The paper's owners use none."""
     seq_length: int = 512
     """Tokens per sample."""
     cache: str | None = None
@@ -76,6 +80,8 @@ class ExpertConfig:
     """Ablation: start from a random row instead of a domain vector."""
     bias: bool = True
     """Train a bias per layer, used as min(bias, 0). False is the paper's ablation without it."""
+    domain_loss_coeff: float = 0.0
+    """Weight of a loss on the router alone: whose document is this token from? Needs data.public. The paper has none."""
     ffn_hidden_size: int | None = None
     """Inner width of the expert; by default the anchor's. A narrower one starts from the first of the anchor's inner units."""
     coordination: bool = True
@@ -153,6 +159,15 @@ class TrainConfig:
         if self.optimizer.lr_decay_style == "WSD" and not 0 < self.optimizer.lr_wsd_decay_iters <= self.train_iters:
             raise FlexOlmoError(
                 f"optimizer.lr_wsd_decay_iters = {self.optimizer.lr_wsd_decay_iters}: expected 1 to train_iters = {self.train_iters}"
+            )
+        if not 0 <= self.data.public_share < 1 or bool(self.data.public) != (self.data.public_share > 0):
+            raise FlexOlmoError(
+                f"data.public_share = {self.data.public_share} with {len(self.data.public)} entries in data.public: expected both or "
+                "neither, and a share from 0 to below 1"
+            )
+        if self.expert.domain_loss_coeff < 0 or (self.expert.domain_loss_coeff > 0 and not self.data.public):
+            raise FlexOlmoError(
+                f"expert.domain_loss_coeff = {self.expert.domain_loss_coeff}: expected 0 or more, and data.public where it is above 0"
             )
         if self.parallel.sequence and self.parallel.tensor == 1:
             raise FlexOlmoError("parallel.sequence = true: expected parallel.tensor above 1")

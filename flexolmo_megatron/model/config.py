@@ -18,6 +18,8 @@ class FlexOlmoTransformerConfig(TransformerConfig):
 
     router_bias: bool = field(default=False)
     """Whether routers have a bias per expert, used as min(bias, 0)."""
+    domain_loss_coeff: float = 0.0
+    """Pair only: weight of the loss that teaches the router to tell the owner's documents from public ones."""
     anchor_ffn_hidden_size: int | None = None
     """Pair only: inner width of the anchor's FFN; ffn_hidden_size is the owner's."""
 

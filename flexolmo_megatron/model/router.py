@@ -8,7 +8,11 @@ Legend: s sequence, b batch, T = s * b tokens, H hidden, E experts.
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import router_gating_linear
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    router_gating_linear,
+    save_to_aux_losses_tracker,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
@@ -76,6 +80,10 @@ class DomainRouter(TopKRouter):
 class PairRouter(DomainRouter):
     """The router of anchor-coupled training: the anchor's row is frozen, the owner's row and bias train."""
 
+    own_B: Tensor | None = None
+    """Boolean `[b]`, True for the owner's documents, False for public ones; set for each microbatch of a run with a
+    domain loss, else None."""
+
     def __init__(self, config: FlexOlmoTransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         rows = self.weight.data
@@ -104,4 +112,17 @@ class PairRouter(DomainRouter):
         """Return the owner's share of the routing weight `[s, b, 1]` in fp32; the anchor's is one minus it."""
         logits = self.gating(input)
         logits = self.apply_z_loss(logits.flatten(0, 1), padding_mask).view_as(logits)
+        if self.own_B is not None and self.training and torch.is_grad_enabled():
+            logits = self._apply_domain_loss(logits, input)
         return logits.softmax(dim=-1)[..., 1:]
+
+    def _apply_domain_loss(self, logits: Tensor, input: Tensor) -> Tensor:
+        """Attach the cross-entropy of the routing weight against whose document each token is from.
+
+        It reaches the row and the bias alone, not the layers below.
+        """
+        public_SB, owner_SB = self.gating(input.detach()).unbind(-1)
+        own_SB = self.own_B.to(public_SB.dtype).expand_as(public_SB)
+        loss = nn.functional.binary_cross_entropy_with_logits(owner_SB - public_SB, own_SB)
+        save_to_aux_losses_tracker("domain_loss", loss.detach(), self.layer_number, self.config.num_layers)
+        return MoEAuxLossAutoScaler.apply(logits, loss * self.config.domain_loss_coeff / self.tp_cp_group.size())

@@ -1,8 +1,9 @@
 """``flexolmo bench pair-step``: one training step of an owner's run, three ways, side by side in one process.
 
 (a) ours: the coupled pair with a frozen anchor.
-(b) stock: Megatron's own MoELayer and TopKRouter in the same layers, with the research code's method: gradients for both
-    experts, the anchor's set to zero after the backward pass, Adam over both.
+(b) stock: Megatron's own MoELayer, router, core attention and optimizer settings in the same layers, with the research
+    code's method: gradients for both experts, the anchor's set to zero after the backward pass, Adam over both.
+    A second line, "stock MoE", has our core attention and torch's fused AdamW, so that only the pair layer differs.
 (c) transformers: its FlexOlmo with everything but the experts and routers frozen. From transformers 5 on its experts are
     one stacked parameter, so that the anchor's gradient is set to zero after the backward pass, as in (b).
 
@@ -21,7 +22,9 @@ from importlib.util import find_spec
 import psutil
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.router import TopKRouter
 from rich.table import Table
 from torch import Tensor, nn
@@ -35,6 +38,7 @@ from flexolmo_megatron.convert.model import save_model
 from flexolmo_megatron.inference.pair import couple
 from flexolmo_megatron.model.builder import block_spec, build_model
 from flexolmo_megatron.model.config import transformer_config
+from flexolmo_megatron.model.spec import TorchSpecProvider
 from flexolmo_megatron.model.weights import live_model, load_weights
 from flexolmo_megatron.runtime.setup import initialize, local_device
 from flexolmo_megatron.training.freezing import freeze_anchor
@@ -57,6 +61,13 @@ class Contestant:
     peak_bytes: int = 0
     """Highest memory during a step above that before it."""
     first_loss: float = 0.0
+
+
+class _StockAttention(TorchSpecProvider):
+    """Megatron's own core attention where Transformer Engine is missing; its norm refuses what ours allows."""
+
+    def core_attention(self) -> type:
+        return DotProductAttention
 
 
 class _PeakMemory:
@@ -92,10 +103,15 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _megatron(name: str, model: GPTModel, config: TrainConfig, batch: dict[str, Tensor], mask: Callable[[], None]) -> Contestant:
+def _megatron(
+    name: str, model: GPTModel, config: TrainConfig, batch: dict[str, Tensor], mask: Callable[[], None], fused_adamw: bool = True
+) -> Contestant:
     """A contestant on Megatron's DDP and optimizer; ``mask`` runs between the backward pass and the optimizer."""
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     optimizer = build_optimizer(config, [wrapped])
+    if not fused_adamw:
+        for group in optimizer.param_groups:
+            group["fused"] = None  # as torch, and so Megatron, has it by default
 
     def step() -> float:
         wrapped.zero_grad_buffer()
@@ -126,18 +142,22 @@ def _pair_and_weights(model: ModelConfig) -> tuple[GPTModel, LazyModel]:
     return pair, couple(live_model(pair, one), live_model(pair, own))
 
 
-def _stock(model: ModelConfig, weights: LazyModel, config: TrainConfig, batch: dict[str, Tensor]) -> Contestant:
+def _stock(
+    name: str, model: ModelConfig, weights: LazyModel, config: TrainConfig, batch: dict[str, Tensor], *, ours_around: bool
+) -> Contestant:
+    """Megatron's mixture; ``ours_around`` says whether attention and optimizer are as in our run."""
     megatron_config = transformer_config(model, "moe", moe_z_loss_coeff=Z_LOSS)
-    spec = block_spec("moe", megatron_config)  # MoELayer and experts are Megatron's already; the router is made so
+    backend = None if ours_around or HAVE_TE else _StockAttention()
+    spec = block_spec("moe", megatron_config, backend)  # MoELayer and experts are Megatron's already; the router is made so
     spec.layer_specs[0].submodules.mlp.submodules.router = TopKRouter  # one spec object for all layers
     mixture = build_model(model, "moe", megatron_config, spec=spec).to(local_device())
     load_weights(mixture, weights)
     anchors, routers = [], []
-    for name, parameter in mixture.named_parameters():
-        parameter.requires_grad_(".mlp." in name)
-        if ".local_experts.0." in name or name.endswith(("linear_fc1.weight0", "linear_fc2.weight0")):
+    for key, parameter in mixture.named_parameters():
+        parameter.requires_grad_(".mlp." in key)
+        if ".local_experts.0." in key or key.endswith(("linear_fc1.weight0", "linear_fc2.weight0")):
             anchors.append(parameter)
-        elif name.endswith("router.weight"):
+        elif key.endswith("router.weight"):
             routers.append(parameter)
     assert anchors and routers
 
@@ -147,7 +167,7 @@ def _stock(model: ModelConfig, weights: LazyModel, config: TrainConfig, batch: d
         for parameter in routers:
             parameter.main_grad[0].zero_()
 
-    return _megatron("stock", mixture, config, batch, mask)
+    return _megatron(name, mixture, config, batch, mask, fused_adamw=ours_around)
 
 
 def _transformers(weights: LazyModel, config: TrainConfig, batch: dict[str, Tensor]) -> Contestant:
@@ -209,8 +229,10 @@ def bench_pair_step(model: ModelConfig, sequences: int, length: int, rounds: int
     }
     config = TrainConfig(out="")
     pair, weights = _pair_and_weights(model)
-    stock = _stock(model, weights, config, batch)
-    contestants = [stock]
+    contestants = [
+        _stock("stock", model, weights, config, batch, ours_around=False),
+        _stock("stock MoE", model, weights, config, batch, ours_around=True),
+    ]
     if find_spec("transformers"):
         contestants.append(_transformers(weights, config, batch))
     freeze_anchor(pair)

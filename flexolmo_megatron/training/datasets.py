@@ -263,6 +263,8 @@ class ResumableSampler:
 
 def _collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor | None]:
     batch: dict[str, Tensor | None] = {key: torch.stack([sample[key] for sample in samples]) for key in _BATCH_KEYS}
+    if "dataset_id" in samples[0]:
+        batch["dataset_id"] = torch.tensor([sample["dataset_id"] for sample in samples])
     return {**batch, "attention_mask": None}
 
 
@@ -278,8 +280,8 @@ def batches(dataset: Dataset, *, consumed_samples: int = 0, micro_batch_size: in
         num_workers: processes that read ahead; 0 reads in this one.
 
     Returns:
-        An iterable of ``tokens``, ``labels``, ``position_ids`` [b, s] int64, ``loss_mask`` [b, s] fp32, and
-        ``attention_mask`` None (causal). It ends before the first batch that some rank could not fill.
+        An iterable of ``tokens``, ``labels``, ``position_ids`` [b, s] int64, ``loss_mask`` [b, s] fp32,
+        ``attention_mask`` None (causal) and, of a blend, ``dataset_id`` [b], the place of each sample's prefix in it. It ends before the first batch that some rank could not fill.
     """
     sampler = ResumableSampler(len(dataset), consumed_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
     # An own generator: a DataLoader draws a seed even where nothing is random, which would move the run's random state.

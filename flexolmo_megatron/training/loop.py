@@ -5,6 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.utils import get_model_config
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -24,7 +25,8 @@ from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.runtime.setup import initialize, local_device
 from flexolmo_megatron.training import checkpoint
 from flexolmo_megatron.training.checkpoint import TrainingState
-from flexolmo_megatron.training.datasets import Datasets, batches, build_datasets
+from flexolmo_megatron.model.router import PairRouter
+from flexolmo_megatron.training.datasets import Datasets, batches, build_datasets, parse_blend
 from flexolmo_megatron.training.freezing import frozen_fingerprint
 from flexolmo_megatron.training.memory import memory_report
 from flexolmo_megatron.training.optimization import build_optimizer, build_scheduler
@@ -89,11 +91,27 @@ def _claim(run: Path, mode: Mode, config: TrainConfig) -> None:
 def _datasets(config: TrainConfig, run: Path, begun: Start) -> Datasets:
     tokenizer = load_tokenizer(begun.card.tokenizer)
     return build_datasets(
-        train=config.data.train, valid=config.data.valid or None, sequence_length=config.data.seq_length, seed=config.seed,
+        train=_blend(config), valid=config.data.valid or None, sequence_length=config.data.seq_length, seed=config.seed,
         train_samples=config.train_iters * config.global_batch_size,
         valid_samples=config.eval_iters * config.global_batch_size,
         tokenizer=tokenizer, vocab_size=begun.card.model.vocab_size, cache_dir=config.data.cache or run / "cache",
     )
+
+
+def _blend(config: TrainConfig) -> list[str | float]:
+    """The owner's data and its share of public data as one weighted blend, the owner's prefixes first."""
+    prefixes, weights = parse_blend(config.data.train, "data.train")
+    if not config.data.public:
+        return config.data.train
+    public, public_weights = parse_blend(config.data.public, "data.public")
+    blend: list[str | float] = []
+    for names, given, share in (
+        (prefixes, weights, 1 - config.data.public_share), (public, public_weights, config.data.public_share)
+    ):
+        given = given or [1.0] * len(names)
+        for name, weight in zip(names, given, strict=True):
+            blend += [share * weight / sum(given), name]
+    return blend
 
 
 def _training_state(config: TrainConfig, begun: Start) -> TrainingState:
@@ -114,8 +132,15 @@ def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, 
     return total, tokens.to(torch.int), {"loss": torch.stack([total.detach(), tokens])}
 
 
-def _forward_step(iterator: Iterator[dict[str, Tensor]], model: DistributedDataParallel) -> tuple[Tensor, Any]:
+def _forward_step(
+    own_prefixes: int, iterator: Iterator[dict[str, Tensor]], model: DistributedDataParallel
+) -> tuple[Tensor, Any]:
+    """One microbatch. Where own_prefixes is above 0, samples of the first so many data sets are the owner's."""
     batch = {name: value.to(local_device()) for name, value in next(iterator).items() if value is not None}
+    if own_prefixes:
+        for module in model.modules():
+            if isinstance(module, PairRouter):
+                module.own_B = batch["dataset_id"] < own_prefixes if model.training else None
     losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return losses, lambda output: _loss(batch["loss_mask"], output)
 
@@ -131,6 +156,8 @@ class _Run:
         self.microbatches = config.global_batch_size // (config.micro_batch_size * self.data_parallel)
         self.first = torch.distributed.get_rank() == 0
         self.forward_backward = get_forward_backward_func()
+        own_prefixes = len(parse_blend(config.data.train)[0]) if config.expert.domain_loss_coeff else 0
+        self.forward_step = partial(_forward_step, own_prefixes)
         self.tensorboard = SummaryWriter(str(run / "tensorboard")) if self.first else None
         self.metrics: IO[str] | None = self._open_metrics() if self.first else None
 
@@ -151,7 +178,7 @@ class _Run:
     def _pass(self, iterator: Iterator, forward_only: bool) -> float:
         """Run one global batch; returns the mean loss per token in nats (on every rank)."""
         reports = self.forward_backward(
-            forward_step_func=_forward_step, data_iterator=iterator, model=self.state.chunks,
+            forward_step_func=self.forward_step, data_iterator=iterator, model=self.state.chunks,
             num_microbatches=self.microbatches, seq_length=self.config.data.seq_length,
             micro_batch_size=self.config.micro_batch_size, forward_only=forward_only,
         )
@@ -222,13 +249,13 @@ class _Run:
             "tokens_per_second": tokens / (time.perf_counter() - began),
         }
         tracker = get_moe_layer_wise_logging_tracker()
-        if "z_loss" in tracker:
-            row["z_loss"] = self._mean_z_loss(tracker["z_loss"]["values"])
-            clear_aux_losses_tracker()
+        for name in sorted(tracker):
+            row[name] = self._mean_router_loss(tracker[name]["values"])
+        tracker.clear()
         return row
 
-    def _mean_z_loss(self, values_L: Tensor) -> float:
-        """Mean over layers, microbatches and ranks of the z-loss without its coefficient; each stage has its own layers."""
+    def _mean_router_loss(self, values_L: Tensor) -> float:
+        """Mean over layers, microbatches and ranks of a router loss without its coefficient; each stage has its layers."""
         total = values_L.sum() / (len(values_L) * self.microbatches)
         torch.distributed.all_reduce(total)
         stages = parallel_state.get_pipeline_model_parallel_world_size()

@@ -107,7 +107,10 @@ def _start_expert(config: TrainConfig) -> Start:
     _check_sequence(config, card.model)
     if not config.expert.coordination:
         return _start_uncoordinated(config, anchor, card)
-    model = _build(config, model_config, "pair", anchor_ffn_hidden_size=anchor.card.model.ffn_hidden_size)
+    model = _build(
+        config, model_config, "pair",
+        anchor_ffn_hidden_size=anchor.card.model.ffn_hidden_size, domain_loss_coeff=config.expert.domain_loss_coeff,
+    )
     load_anchor(model, anchor)
     init_expert_from_anchor(model, anchor)
     for layer in model.decoder.layers:
@@ -158,7 +161,7 @@ def _check_sequence(config: TrainConfig, model: ModelConfig) -> None:
         )
 
 
-def _build(config: TrainConfig, model: ModelConfig, kind: str, **options: int) -> GPTModel:
+def _build(config: TrainConfig, model: ModelConfig, kind: str, **options: float) -> GPTModel:
     megatron_config = transformer_config(
         model, kind,
         dtype=torch.bfloat16 if config.bf16 else torch.float32,
