@@ -1,8 +1,12 @@
 """``flexolmo pack``, ``verify``, ``merge`` and ``inspect``: expert packages and what is made of them."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from flexolmo_megatron.errors import FlexOlmoError
+
+if TYPE_CHECKING:
+    from flexolmo_megatron.convert.lazy import LazyModel
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -29,6 +33,9 @@ def _register_pack(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--anchor", metavar="PATH",
                         help="published anchor that the expert was trained against; needed only for a checkpoint that "
                              "does not record its digest")
+    parser.add_argument("--domain-vector", metavar="FILE",
+                        help="router row of a dense copy that was trained without coordination (expert.coordination=false), "
+                             "whose feed-forward networks are then packed; needs --name")
     parser.set_defaults(run=run_pack)
 
 
@@ -90,6 +97,8 @@ def run_pack(args: argparse.Namespace) -> None:
     from flexolmo_megatron.exchange.verify import AnchorReference
 
     pair = open_model(args.checkpoint)
+    if args.domain_vector is not None:
+        pair = _uncoordinated(pair, args.domain_vector, args.name)
     digest = None
     if args.anchor is not None:
         anchor = open_model(args.anchor)
@@ -100,6 +109,21 @@ def run_pack(args: argparse.Namespace) -> None:
         manifest = pack(pair, digest, args.out, name=name, owner=args.owner, licence=args.licence, contact=args.contact,
                         progress=add)
     print(f"{args.out}: expert {manifest.name}, {total_bytes(pair) / 1e9:,.3f} GB, for anchor {manifest.anchor_digest}")
+
+
+def _uncoordinated(dense: "LazyModel", path: str, name: str | None) -> "LazyModel":
+    """What an owner who trained a dense copy (expert.coordination=false) hands over."""
+    import torch
+
+    from flexolmo_megatron.config.card import ExpertRecord
+    from flexolmo_megatron.convert.variants import as_pair
+    from flexolmo_megatron.domain.vector import load_vector
+
+    if dense.card.kind != "dense":
+        raise FlexOlmoError(f"--domain-vector is for a dense copy, this checkpoint is of kind {dense.card.kind!r}")
+    vector = load_vector(path)
+    vector.check_fits(dense.card.model.num_layers, dense.card.model.hidden_size, path)
+    return as_pair(dense, torch.from_numpy(vector.vectors), ExpertRecord(name or "", router=vector.record()))
 
 
 def run_verify(args: argparse.Namespace) -> None:

@@ -34,6 +34,8 @@ class OptimizerConfig:
     """Highest learning rate."""
     min_lr: float = 0.0
     """Learning rate at the end of the schedule."""
+    router_lr: float | None = None
+    """Highest learning rate of router rows and biases, with the same schedule; by default lr."""
     lr_decay_style: str = "cosine"
     """cosine, linear, constant or WSD (warm-up, stable, decay)."""
     lr_warmup_iters: int = 0

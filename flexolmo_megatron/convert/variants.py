@@ -41,13 +41,38 @@ def upcycle(dense: LazyModel, num_experts: int, top_k: int, seed: int) -> LazyMo
             for projection in _PROJECTIONS:
                 tensors[f"{prefix}.experts.{expert}.{projection}.weight"] = dense.tensors[f"{prefix}.{projection}.weight"]
 
-        def rows(layer: int = layer) -> torch.Tensor:
-            generator = torch.Generator().manual_seed(seed * 100_003 + layer)
-            rows_EH = torch.randn(num_experts, config.hidden_size, generator=generator) * config.init_method_std
-            return rows_EH.to(dtype)
-
-        dtype = dense.tensors[f"{prefix}.gate_proj.weight"].dtype
-        tensors[f"{prefix}.gate.weight"] = LazyTensor(dtype, (num_experts, config.hidden_size), rows)
+        tensors[f"{prefix}.gate.weight"] = _random_rows(
+            (num_experts, config.hidden_size), config.init_method_std, seed * 100_003 + layer,
+            dense.tensors[f"{prefix}.gate_proj.weight"].dtype,
+        )
     names = [PUBLIC, *(f"expert_{index}" for index in range(1, num_experts))]
     card = ModelCard("moe", config, [ExpertRecord(name) for name in names], tokenizer=dense.card.tokenizer)
     return LazyModel(card, tensors)
+
+
+def _random_rows(shape: tuple[int, int], std: float, seed: int, dtype: torch.dtype) -> LazyTensor:
+    def read() -> torch.Tensor:
+        return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std).to(dtype)
+
+    return LazyTensor(dtype, shape, read)
+
+
+def as_pair(dense: LazyModel, rows_LH: torch.Tensor, expert: ExpertRecord) -> LazyModel:
+    """Return what an owner without coordination hands over: the FFNs of their dense copy, with given router rows.
+
+    Args:
+        dense: the owner's dense copy of the anchor.
+        rows_LH: one router row per layer `[L, h]`, or one for all layers `[1, h]`.
+        expert: name and provenance.
+    """
+    card = dense.card
+    tensors = {}
+    for layer in range(card.model.num_layers):
+        prefix = f"model.layers.{layer}.mlp"
+        for projection in _PROJECTIONS:
+            tensors[f"{prefix}.experts.1.{projection}.weight"] = dense.tensors[f"{prefix}.{projection}.weight"]
+        dtype = tensors[f"{prefix}.experts.1.gate_proj.weight"].dtype
+        row_1H = rows_LH[layer if len(rows_LH) > 1 else 0][None].to(dtype)
+        tensors[f"{prefix}.gate.weight"] = LazyTensor(dtype, tuple(row_1H.shape), row_1H.clone)
+    model = replace(card.model, num_experts=2, top_k=2)
+    return LazyModel(replace(card, kind="pair", model=model, experts=[ExpertRecord(PUBLIC), expert]), tensors)

@@ -231,7 +231,7 @@ class _Run:
             chunk.train()
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
-        lr = state.optimizer.param_groups[0]["lr"]
+        lr = state.scheduler.get_lr({})  # of parameters without a rate of their own
         loss = self._pass(iterator, forward_only=False)
         if not math.isfinite(loss):
             raise FlexOlmoError(

@@ -6,7 +6,10 @@ from megatron.core.optimizer import (
     USING_PYTORCH_OPTIMIZER,
     MegatronOptimizer,
     OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
     get_megatron_optimizer,
+    get_standard_config_overrides,
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -16,22 +19,26 @@ from flexolmo_megatron.config.train import TrainConfig
 def build_optimizer(config: TrainConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW over the parameters that train, with global gradient clipping."""
     settings = config.optimizer
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            min_lr=settings.min_lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.adam_beta1,
-            adam_beta2=settings.adam_beta2,
-            adam_eps=settings.adam_eps,
-            clip_grad=settings.clip_grad,
-            bf16=config.bf16,
-            params_dtype=torch.bfloat16 if config.bf16 else torch.float32,
-            use_distributed_optimizer=settings.use_distributed_optimizer,
-        ),
-        chunks,
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=config.bf16,
+        params_dtype=torch.bfloat16 if config.bf16 else torch.float32,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
     )
+    overrides = get_standard_config_overrides(optimizer_config)  # no weight decay of norms and biases
+    if settings.router_lr is not None:
+        ratio = settings.router_lr / settings.lr
+        # lr_mult has no effect of its own: it is one of the keys by which a loaded checkpoint's groups are told apart.
+        override = {"max_lr": settings.router_lr, "min_lr": settings.min_lr * ratio, "lr_mult": ratio}
+        overrides[ParamKey(name="*.mlp.router.*")] = ParamGroupOverride(**override)
+    optimizer = get_megatron_optimizer(optimizer_config, chunks, overrides)
     if USING_PYTORCH_OPTIMIZER:
         # Without Transformer Engine and apex upstream takes torch's AdamW, and leaves its fused kernel off.
         for group in optimizer.param_groups:

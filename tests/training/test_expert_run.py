@@ -90,6 +90,21 @@ def test_the_expert_starts_as_the_anchor_and_its_row_as_the_domain_vector(world,
         assert pair.tensors[f"{mlp}.gate.bias"].read().abs().item() <= 1e-9
 
 
+def test_the_router_has_its_own_learning_rate(world, expert_options, tmp_path):
+    options = ["optimizer.lr=1e-12", "optimizer.router_lr=1e-2", "train_iters=1"]
+    assert main(expert_options(tmp_path / "run", *options)) == 0
+    anchor, pair = open_model(world / "anchor"), open_model(tmp_path / "run")
+    from flexolmo_megatron.domain.vector import load_vector
+
+    moved = pair.tensors["model.layers.0.mlp.gate.weight"].read()[0] - torch.from_numpy(load_vector(world / "own.npz").row(0))
+    # AdamW's first step is the learning rate in every coordinate, up to epsilon.
+    torch.testing.assert_close(moved.abs(), torch.full_like(moved, 1e-2), rtol=1e-2, atol=0)
+    name = "model.layers.0.mlp.experts.{}.up_proj.weight"
+    torch.testing.assert_close(
+        pair.tensors[name.format(1)].read(), anchor.tensors[name.format(0)].read(), rtol=0, atol=1e-9
+    )
+
+
 @pytest.mark.parametrize("option, moved", [("expert.bias=false", False), ("expert.bias=true", True)])
 def test_a_bias_only_where_asked_for(expert_options, tmp_path, option, moved):
     assert main(expert_options(tmp_path / "run", option, "train_iters=2")) == 0

@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from flexolmo_megatron.cli import main
 from flexolmo_megatron.convert.model import open_model
+from flexolmo_megatron.domain.vector import load_vector
 from tests.training.runs import SMALL
 
 
@@ -58,10 +60,21 @@ def test_schedules(world, tmp_path, style, options, expected):
     assert [row["lr"] for row in rows(tmp_path / "run")] == pytest.approx(expected, abs=1e-3)
 
 
-def test_an_uncoordinated_owner_trains_a_dense_copy(expert_options, tmp_path):
+def test_an_uncoordinated_owner_trains_a_dense_copy_and_packs_its_ffns(world, expert_options, tmp_path, capsys):
     assert main(expert_options(tmp_path / "run", "expert.coordination=false")) == 0
-    card = open_model(tmp_path / "run").card
-    assert card.kind == "dense" and card.anchor_digest
+    run = open_model(tmp_path / "run")
+    assert run.card.kind == "dense" and run.card.anchor_digest
+    pack = ["pack", f"{tmp_path}/run", f"{tmp_path}/package"]
+    assert main(pack) == 2
+    assert "cannot be packed" in capsys.readouterr().err
+    assert main([*pack, "--domain-vector", f"{world}/own.npz", "--name", "own"]) == 0
+    assert main(["merge", "--anchor", f"{world}/anchor", f"{tmp_path}/package", "--out", f"{tmp_path}/merged"]) == 0
+    merged = open_model(tmp_path / "merged")
+    for layer in range(2):
+        ours, theirs = f"model.layers.{layer}.mlp.experts.1.up_proj.weight", f"model.layers.{layer}.mlp.up_proj.weight"
+        assert merged.tensors[ours].read().equal(run.tensors[theirs].read())
+        row = merged.tensors[f"model.layers.{layer}.mlp.gate.weight"].read()[1]
+        assert row.equal(torch.from_numpy(load_vector(world / "own.npz").row(layer)))
 
 
 @pytest.mark.parametrize("options", [

@@ -23,8 +23,8 @@ def essence(rows):
 
 
 @pytest.mark.parametrize("options", [
-    [], ["optimizer.use_distributed_optimizer=true"], ["bf16=true"], ["optimizer.lr_decay_style=WSD", "optimizer.lr_wsd_decay_iters=3"],
-], ids=["fp32", "distributed optimizer", "bf16", "WSD"])
+    ["optimizer.router_lr=1e-2"], ["optimizer.use_distributed_optimizer=true"], ["bf16=true"], ["optimizer.lr_decay_style=WSD", "optimizer.lr_wsd_decay_iters=3"],
+], ids=["fp32, two learning rates", "distributed optimizer", "bf16", "WSD"])
 def test_resumed_equals_unbroken(expert_options, metrics, tmp_path, options):
     options = [*options, "eval_interval=3", "optimizer.lr_warmup_iters=2"]
     assert main(expert_options(tmp_path / "unbroken", *options)) == 0
