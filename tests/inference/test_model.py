@@ -1,0 +1,137 @@
+"""Loading every kind of model, and the checks of what is asked of it."""
+
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import flexolmo_megatron
+from flexolmo_megatron.convert.lazy import LazyModel
+from flexolmo_megatron.convert.model import save_model
+from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.exchange.digest import model_digest
+from flexolmo_megatron.exchange.merge import merge
+from flexolmo_megatron.exchange.package import pack
+from flexolmo_megatron.exchange.verify import verify
+from flexolmo_megatron.inference.model import load_model
+from tests.random_models import SIZES, random_model
+
+TOKENS = torch.randint(SIZES.vocab_size, (2, 13), generator=torch.Generator().manual_seed(0))
+
+
+def test_what_a_model_says_about_itself(model):
+    assert model.expert_names == ["public", "code", "math", "law"]
+    assert model.config == model.card.model and model.config.num_experts == 4
+    assert not model.module.training
+    assert not any(parameter.requires_grad for parameter in model.module.parameters())
+    logits = model.logits(TOKENS)
+    assert logits.shape == (2, 13, SIZES.vocab_size) and logits.dtype == torch.float32 and not logits.requires_grad
+
+
+def test_layouts_on_disk_give_the_same_logits(tmp_path):
+    lazy = random_model("moe", 3, 2)
+    save_model(lazy, tmp_path / "hf", "hf")
+    save_model(lazy, tmp_path / "run" / "checkpoints" / "step_00000020", "megatron")
+    save_model(random_model("moe", 3, 2, seed=9), tmp_path / "run" / "checkpoints" / "step_00000010", "megatron")
+    from_hf = flexolmo_megatron.load_model(tmp_path / "hf").logits(TOKENS)
+    assert torch.equal(from_hf, flexolmo_megatron.load_model(str(tmp_path / "run")).logits(TOKENS))
+
+
+def test_bf16(merged_path, model):
+    rounded = load_model(merged_path, torch.bfloat16)
+    logits = rounded.logits(TOKENS)
+    assert logits.dtype == torch.float32
+    assert next(rounded.module.parameters()).dtype == torch.bfloat16
+    assert (logits - model.logits(TOKENS)).abs().mean() < 0.1
+
+
+def test_other_types_are_refused(merged_path):
+    with pytest.raises(FlexOlmoError, match="dtype = torch.float16: expected torch.float32 or torch.bfloat16"):
+        load_model(merged_path, torch.float16)
+
+
+def test_a_missing_model_is_one_sentence(tmp_path):
+    with pytest.raises(FlexOlmoError, match="nowhere does not exist"):
+        load_model(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("tokens", "message"), [
+    (torch.tensor([1, 2, 3]), "tokens of shape [3]: expected [b, s], sequences by positions"),
+    (torch.zeros(1, 2, 3, dtype=torch.int64), "tokens of shape [1, 2, 3]: expected [b, s]"),
+    (torch.zeros(0, 5, dtype=torch.int64), "tokens of shape [0, 5] are empty: expected at least one token"),
+    (torch.zeros(2, 0, dtype=torch.int64), "tokens of shape [2, 0] are empty"),
+    ([], "tokens of shape [0] are empty"),
+    ([[1, 2], [3]], "tokens cannot be made a tensor of token ids of shape [b, s]"),
+    ("text", "tokens cannot be made a tensor of token ids of shape [b, s]"),
+    (torch.ones(1, 3), "tokens of type torch.float32: expected integers"),
+    (torch.ones(1, 3, dtype=torch.bool), "tokens of type torch.bool: expected integers"),
+    ([[1, 2], [3, 257]], "token id 257 in sequence 1 at position 1: expected 0 to 256, the model's vocabulary"),
+    ([[1, -1]], "token id -1 in sequence 0 at position 1: expected 0 to 256"),
+    (torch.zeros(1, 65, dtype=torch.int64), "sequences of 65 tokens: expected at most model.max_position_emb"),
+])
+def test_impossible_tokens_are_refused(model, tokens, message):
+    with pytest.raises(FlexOlmoError, match=re.escape(message)):
+        model.logits(tokens)
+
+
+def test_tokens_may_be_lists_or_small_integers(model):
+    expected = model.logits(TOKENS)
+    assert torch.equal(model.logits(TOKENS.tolist()), expected)
+    assert torch.equal(model.logits(TOKENS.to(torch.int32)), expected)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
+    save_model(random_model("dense", sizes=replace(SIZES, vocab_size=200)), tmp_path / "small", "megatron")
+    with pytest.raises(FlexOlmoError, match="has 257 ids: expected at most model.vocab_size = 200"):
+        load_model(tmp_path / "small").generate("a")
+
+
+@pytest.fixture
+def pair(tmp_path) -> LazyModel:
+    """A pair with a narrower expert and a bias, whose anchor is at ``tmp_path / "anchor"``."""
+    anchor = random_model("moe", 1, 1)
+    save_model(anchor, tmp_path / "anchor", "megatron")
+    lazy = random_model("pair", 2, 2, seed=1, bias=True, sizes=replace(SIZES, ffn_hidden_size=20))
+    return replace(lazy, card=replace(lazy.card, anchor_digest=model_digest(anchor),
+                                      anchor_path=str(tmp_path / "anchor"), training={"steps": 3}))
+
+
+def test_a_pair_is_the_merged_model_of_its_package(pair, tmp_path):
+    save_model(pair, tmp_path / "pair", "megatron")
+    model = load_model(tmp_path / "pair")
+    assert model.card.kind == "moe" and model.expert_names == ["public", "code"]
+    assert model.config.top_k == 2 and model.config.ffn_hidden_size == SIZES.ffn_hidden_size
+
+    from flexolmo_megatron.convert.model import open_model
+
+    anchor = open_model(tmp_path / "anchor")
+    pack(pair, None, tmp_path / "package", name="code", owner="o", licence="l", contact="c")
+    save_model(merge(anchor, [verify(tmp_path / "package", anchor)]), tmp_path / "merged", "megatron")
+    assert torch.equal(model.logits(TOKENS), load_model(tmp_path / "merged").logits(TOKENS))
+    assert not torch.equal(model.logits(TOKENS), model.logits(TOKENS, ["public"]))
+
+
+def test_a_moved_anchor_can_be_named(pair, tmp_path):
+    save_model(pair, tmp_path / "pair", "megatron")
+    shutil.move(tmp_path / "anchor", tmp_path / "moved")
+    with pytest.raises(FlexOlmoError, match="a pair needs the anchor that it was trained .*anchor does not exist"):
+        load_model(tmp_path / "pair")
+    assert load_model(tmp_path / "pair", anchor=tmp_path / "moved").expert_names == ["public", "code"]
+
+
+def test_another_anchor_is_refused(pair, tmp_path):
+    save_model(pair, tmp_path / "pair", "megatron")
+    save_model(random_model("moe", 1, 1, seed=5), tmp_path / "other", "megatron")
+    with pytest.raises(FlexOlmoError, match=f"other has the digest .* the pair's anchor, {pair.card.anchor_digest}"):
+        load_model(tmp_path / "pair", anchor=tmp_path / "other")
+    save_model(random_model("dense"), tmp_path / "dense", "megatron")
+    with pytest.raises(FlexOlmoError, match="dense is a dense model with 0 experts: expected the pair's anchor"):
+        load_model(tmp_path / "pair", anchor=tmp_path / "dense")
+
+
+def test_a_pair_that_does_not_know_its_anchor(pair, tmp_path):
+    save_model(replace(pair, card=replace(pair.card, anchor_path=None)), tmp_path / "pair", "megatron")
+    with pytest.raises(FlexOlmoError, match="the pair's card has no anchor_path"):
+        load_model(tmp_path / "pair")
