@@ -17,8 +17,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     parser = argparse.ArgumentParser(
         prog="flexolmo",
-        description="FlexOlmo (arXiv 2507.07024) on Megatron-core: data owners train experts apart, a coordinator merges them, "
-        "users switch any owner's data on or off.",
+        description="FlexOlmo (arXiv 2507.07024) on Megatron-core: data owners train experts apart, a "
+        "coordinator merges them, users switch any owner's data on or off.",
     )
     parser.add_argument("--version", action="version", version=f"flexolmo-megatron {__version__}")
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")

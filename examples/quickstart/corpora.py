@@ -4,7 +4,10 @@
 
 writes OUT_DIR/NAME/train.jsonl and OUT_DIR/NAME/valid.jsonl, one {"text": ...} per line, for
 
-    public      prose: documentation, readme files and licences of the standard library and the installed packages
+    public      half prose: documentation, readme files and licences of the standard library and the installed packages;
+                half C headers, settings, tables and web pages of the installed packages, for like the web it should
+                have
+                seen a bit of everything
     code        an owner's source code: the standard library's, without its documentation strings
     arithmetic  an owner's worksheets: generated problems with worked answers
     clinic      an owner's discharge notes: generated, of a fictional hospital
@@ -33,6 +36,13 @@ from flexolmo_megatron.files import atomic_file
 
 TRAIN_BYTES = {"public": 2_500_000, "code": 2_000_000, "arithmetic": 2_000_000, "clinic": 2_000_000}
 VALID_BYTES = 80_000
+PUBLIC_SHARES = {
+    (".h", ".hpp"): 0.2, (".yaml", ".toml", ".cmake"): 0.08, (".json",): 0.08, (".csv", ".afm"): 0.08,
+    (".js", ".css", ".html"): 0.06,
+}
+"""What is not prose in the public corpus, by the kind of file; as far as there is so much of it."""
+PIECES_OF_A_FILE = 4
+"""So that no large file makes up a kind by itself."""
 SHORTEST, LONGEST = 300, 4000
 """Bytes of a document."""
 
@@ -148,6 +158,35 @@ def public_documents(size: int, r: random.Random) -> Iterator[str]:
             return
 
 
+def structured_documents(suffixes: tuple[str, ...], size: int, r: random.Random) -> Iterator[str]:
+    """Pieces of the installed packages' files of one kind, ``size`` bytes in all or as many as there are."""
+    files = []
+    for distribution in importlib.metadata.distributions():
+        for file in distribution.files or ():
+            if file.suffix in suffixes and not set(file.parts) & {"test", "tests", "testing"}:
+                files.append(Path(distribution.locate_file(file)))
+    files.sort()
+    r.shuffle(files)
+    for path in files:
+        try:
+            lines = path.read_text(encoding="ascii").splitlines()
+        except (OSError, UnicodeDecodeError):
+            continue
+        if not lines or max(map(len, lines)) > 300:  # written for machines alone
+            continue
+        pieces, piece = [], ""
+        for line in lines:
+            if len(piece) + len(line) + 1 > LONGEST // 2:
+                pieces.append(piece)
+                piece = ""
+            piece += line.rstrip() + "\n"
+        for piece in r.sample(pieces, min(PIECES_OF_A_FILE, len(pieces))):
+            yield piece
+            size -= len(piece)
+            if size <= 0:
+                return
+
+
 def code_documents(path: Path) -> Iterator[str]:
     """One source file without its documentation strings, in pieces that begin and end at empty lines."""
     parsed = _parse(path)
@@ -204,7 +243,10 @@ def build_corpora(out: Path, seed: int = 0) -> dict[str, dict[str, Path]]:
     for name, size in TRAIN_BYTES.items():
         r = random.Random(f"{seed} {name}")  # a corpus does not depend on the others
         if name == "public":
-            documents = list(public_documents(size + 2 * VALID_BYTES, r))
+            wanted = size + 2 * VALID_BYTES
+            documents = list(public_documents(int(wanted * (1 - sum(PUBLIC_SHARES.values()))), r))
+            for suffixes, share in PUBLIC_SHARES.items():
+                documents += structured_documents(suffixes, int(wanted * share), r)
             r.shuffle(documents)
         elif name == "code":
             # Whole files on one side or the other, so that validation is not the rest of a training file.

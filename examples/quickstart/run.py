@@ -1,7 +1,8 @@
 """The whole FlexOlmo path on one machine: `make quickstart`, or `python examples/quickstart/run.py runs/quickstart`.
 
 A public anchor is trained; three owners train an expert each, apart from each other, against it; the experts are merged
-without joint training; every owner's data is then switched off in turn. Each step is a `flexolmo` command, printed as it
+without joint training; every owner's data is then switched off in turn. Each step is a `flexolmo` command, printed as
+it
 runs, with its output in OUT/logs. Steps that are done are not repeated, so an interrupted run goes on where it was.
 """
 
@@ -16,21 +17,35 @@ from pathlib import Path
 
 from corpora import build_corpora
 
+from flexolmo_megatron.evaluation.plots import plot_opt_out
+
 OWNERS = ("code", "arithmetic", "clinic")
 PROMPTS = {
     "code": "def read_lines(path):\n",
     "arithmetic": "Problem 1: Noor buys 9 bricks for 10 cents each",
     "clinic": "DISCHARGE NOTE  Ward: Rowan  Pt no: 123456\n",
 }
-REPLAY = 0.4
-"""Share of public documents in an owner's run: they teach the expert's router row where the anchor is better."""
+OWNER_OPTIONS = (
+    "data.public_share=0.4",
+    "expert.domain_loss_coeff=0.1",
+    "optimizer.lr=3e-3",
+    "optimizer.router_lr=6e-3",
+)
+"""Beyond the paper's setting: public text in the owners' runs, and a loss that teaches each router row whose text it
+sees.
+Without them an owner's row never learns to lose against the anchor, and the largest row wins everywhere."""
 
 
 class Quickstart:
     """The steps and where their results are."""
 
-    def __init__(self, out: Path, anchor_iters: int, expert_iters: int) -> None:
-        self.out, self.anchor_iters, self.expert_iters = out, anchor_iters, expert_iters
+    def __init__(self, out: Path, anchor_iters: int, expert_iters: int, evaluated_bytes: int) -> None:
+        self.out, self.anchor_iters, self.expert_iters, self.evaluated_bytes = (
+            out,
+            anchor_iters,
+            expert_iters,
+            evaluated_bytes,
+        )
         (out / "logs").mkdir(parents=True, exist_ok=True)
         self.environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
@@ -40,7 +55,10 @@ class Quickstart:
         environment = self.environment if threads is None else {**self.environment, "OMP_NUM_THREADS": str(threads)}
         with open(self.out / "logs" / f"{name}.log", "w") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "flexolmo_megatron.cli", *arguments], stdout=log, stderr=subprocess.STDOUT, env=environment
+                [sys.executable, "-m", "flexolmo_megatron.cli", *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
             )
         return name, process
 
@@ -48,7 +66,9 @@ class Quickstart:
         failed = [name for name, process in started if process.wait()]
         if failed:
             log = self.out / "logs" / f"{failed[0]}.log"
-            sys.exit(f"{failed[0]} failed; the end of {log}:\n" + "".join(log.read_text().splitlines(keepends=True)[-15:]))
+            sys.exit(
+                f"{failed[0]} failed; the end of {log}:\n" + "".join(log.read_text().splitlines(keepends=True)[-15:])
+            )
 
     def _once(self, name: str, result: Path, *arguments: str) -> None:
         """Run a command unless its result is there already."""
@@ -64,7 +84,16 @@ class Quickstart:
             for split in ("train", "valid"):
                 prefix = self.out / "data" / f"{domain}_{split}"
                 source = self.out / "corpora" / domain / f"{split}.jsonl"
-                self._once(f"data_{domain}_{split}", prefix.with_suffix(".bin"), "data", f"{source}", "--out", f"{prefix}", "--workers", "1")
+                self._once(
+                    f"data_{domain}_{split}",
+                    prefix.with_suffix(".bin"),
+                    "data",
+                    f"{source}",
+                    "--out",
+                    f"{prefix}",
+                    "--workers",
+                    "1",
+                )
 
     def anchor(self) -> None:
         """The public anchor: train, then give it its router row and publish it."""
@@ -73,30 +102,59 @@ class Quickstart:
         )
         self._once("anchor", self._checkpoint(self.out / "public_run", self.anchor_iters), *arguments)
         self._once(
-            "publish", self.out / "anchor", "embed", f"{self.out}/corpora/public/train.jsonl",
-            "--anchor", f"{self.out}/public_run", "--out", f"{self.out}/public.npz", "--publish", f"{self.out}/anchor",
+            "publish",
+            self.out / "anchor",
+            "embed",
+            f"{self.out}/corpora/public/train.jsonl",
+            "--anchor",
+            f"{self.out}/public_run",
+            "--out",
+            f"{self.out}/public.npz",
+            "--publish",
+            f"{self.out}/anchor",
         )
 
     def owners(self) -> None:
         """Each owner alone: domain vector, expert, package. They share nothing but the published anchor."""
         for owner in OWNERS:
             self._once(
-                f"embed_{owner}", self.out / f"{owner}.npz", "embed", f"{self.out}/corpora/{owner}/train.jsonl",
-                "--anchor", f"{self.out}/anchor", "--out", f"{self.out}/{owner}.npz", "--documents", "500",
+                f"embed_{owner}",
+                self.out / f"{owner}.npz",
+                "embed",
+                f"{self.out}/corpora/{owner}/train.jsonl",
+                "--anchor",
+                f"{self.out}/anchor",
+                "--out",
+                f"{self.out}/{owner}.npz",
+                "--documents",
+                "500",
             )
         running = []
         for owner in OWNERS:
             run = self.out / f"{owner}_run"
             if not self._checkpoint(run, self.expert_iters).exists():
-                blend = [f"{1 - REPLAY:g}", f"{self.out}/data/{owner}_train", f"{REPLAY:g}", f"{self.out}/data/public_train"]
-                arguments = self._training("expert", run, blend, owner, self.expert_iters)
-                arguments += [f"anchor={self.out}/anchor", f"expert.name={owner}", f"expert.domain_vector={self.out}/{owner}.npz"]
+                arguments = self._training("expert", run, [f"{self.out}/data/{owner}_train"], owner, self.expert_iters)
+                arguments += [
+                    f"anchor={self.out}/anchor",
+                    f"expert.name={owner}",
+                    f"expert.domain_vector={self.out}/{owner}.npz",
+                    f"data.public=[{self.out}/data/public_train]",
+                    *OWNER_OPTIONS,
+                ]
                 running.append(self._start(f"train_{owner}", *arguments, threads=1))
         self._wait(*running)
         for owner in OWNERS:
             package = self.out / "packages" / owner
             package.parent.mkdir(exist_ok=True)
-            self._once(f"pack_{owner}", package, "pack", f"{self.out}/{owner}_run", f"{package}", "--owner", f"the {owner} owner")
+            self._once(
+                f"pack_{owner}",
+                package,
+                "pack",
+                f"{self.out}/{owner}_run",
+                f"{package}",
+                "--owner",
+                f"the {owner} owner",
+            )
 
     def coordinator(self) -> None:
         """Verify what the owners handed over and put it together."""
@@ -105,8 +163,16 @@ class Quickstart:
             for owner, package in zip(OWNERS, packages, strict=True):
                 self._wait(self._start(f"verify_{owner}", "verify", package, "--anchor", f"{self.out}/anchor"))
         self._once(
-            "merge", self.out / "merged", "merge", "--anchor", f"{self.out}/anchor", *packages, "--top-k", f"{len(OWNERS) + 1}",
-            "--out", f"{self.out}/merged",
+            "merge",
+            self.out / "merged",
+            "merge",
+            "--anchor",
+            f"{self.out}/anchor",
+            *packages,
+            "--top-k",
+            f"{len(OWNERS) + 1}",
+            "--out",
+            f"{self.out}/merged",
         )
 
     def evaluate(self) -> None:
@@ -117,7 +183,16 @@ class Quickstart:
         models |= {f"without {owner}": f"{self.out}/merged@-{owner}" for owner in OWNERS}
         domains = {domain: self.out / "corpora" / domain / "valid.jsonl" for domain in ("public", *OWNERS)}
         self._once(
-            "eval", self.out / "evaluation" / "results.json", "eval", "--out", f"{self.out}/evaluation", "--reference", "public", "--routing",
+            "eval",
+            self.out / "evaluation" / "results.json",
+            "eval",
+            "--out",
+            f"{self.out}/evaluation",
+            "--reference",
+            "public",
+            "--routing",
+            "--max-bytes",
+            f"{self.evaluated_bytes}",
             *(word for name, path in models.items() for word in ("--model", f"{name}={path}")),
             *(word for name, path in domains.items() for word in ("--domain", f"{name}={path}")),
         )
@@ -126,7 +201,8 @@ class Quickstart:
         for owner, prompt in PROMPTS.items():
             words = ("generate", f"{self.out}/merged", "--prompt", prompt, "--max-new-tokens", "120")
             self._wait(
-                self._start(f"generate_{owner}", *words), self._start(f"generate_without_{owner}", *words, "--exclude", owner)
+                self._start(f"generate_{owner}", *words),
+                self._start(f"generate_without_{owner}", *words, "--exclude", owner),
             )
 
     def report(self) -> None:
@@ -138,6 +214,13 @@ class Quickstart:
         results = json.loads((self.out / "evaluation" / "results.json").read_text())
         (self.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         bits = results["bits_per_byte"]
+        plot_opt_out(
+            bits,
+            self.out / "evaluation" / "opt_out.png",
+            public="public",
+            merged="merged",
+            opted_out={owner: f"without {owner}" for owner in OWNERS},
+        )
         print("bits per byte (lower is better): what the owners' experts bring, and what switching one off takes away")
         for owner in OWNERS:
             print(
@@ -152,9 +235,21 @@ class Quickstart:
 
     def _training(self, mode: str, run: Path, blend: list[str], valid: str, iters: int) -> list[str]:
         return [
-            "train", mode, "--preset", "tiny", f"out={run}", f"data.train=[{','.join(blend)}]",
-            f"data.valid=[{self.out}/data/{valid}_valid]", "data.seq_length=256", "micro_batch_size=16", "global_batch_size=16",
-            f"train_iters={iters}", f"optimizer.lr_warmup_iters={min(20, iters - 1)}", "eval_iters=4", "log_interval=50",
+            "train",
+            mode,
+            "--preset",
+            "tiny",
+            f"out={run}",
+            f"data.train=[{','.join(blend)}]",
+            f"data.valid=[{self.out}/data/{valid}_valid]",
+            "data.seq_length=256",
+            "model.max_position_embeddings=256",
+            "micro_batch_size=16",
+            "global_batch_size=16",
+            f"train_iters={iters}",
+            f"optimizer.lr_warmup_iters={min(20, iters - 1)}",
+            "eval_iters=4",
+            "log_interval=50",
         ]
 
     def _checkpoint(self, run: Path, step: int) -> Path:
@@ -164,11 +259,30 @@ class Quickstart:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for everything that is made")
-    parser.add_argument("--anchor-iters", type=int, default=1000, metavar="STEPS", help="of the anchor, 4,096 tokens each (default: %(default)s)")
-    parser.add_argument("--expert-iters", type=int, default=400, metavar="STEPS", help="of each expert, 4,096 tokens each (default: %(default)s)")
+    parser.add_argument(
+        "--anchor-iters",
+        type=int,
+        default=1000,
+        metavar="STEPS",
+        help="of the anchor, 4,096 tokens each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--expert-iters",
+        type=int,
+        default=400,
+        metavar="STEPS",
+        help="of each expert, 4,096 tokens each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--evaluated-bytes",
+        type=int,
+        default=12_000,
+        metavar="N",
+        help="of each domain's validation text (default: %(default)s)",
+    )
     args = parser.parse_args()
     began = time.monotonic()
-    quickstart = Quickstart(args.out, args.anchor_iters, args.expert_iters)
+    quickstart = Quickstart(args.out, args.anchor_iters, args.expert_iters, args.evaluated_bytes)
     for step in (quickstart.text, quickstart.anchor, quickstart.owners, quickstart.coordinator, quickstart.evaluate):
         step()
         print(f"[{(time.monotonic() - began) / 60:.1f} min]", flush=True)

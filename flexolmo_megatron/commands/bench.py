@@ -13,14 +13,22 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def _register_pair_step(benches: argparse._SubParsersAction) -> None:
     parser = benches.add_parser(
-        "pair-step", help="one training step of an owner's run: ours, stock Megatron, transformers",
-        description="Take training steps of an owner's run in turn: the coupled pair with a frozen anchor (ours), Megatron's MoELayer "
-                    "with the anchor's gradients set to zero (stock), and transformers' FlexOlmo. Same weights, same tokens, one process.",
+        "pair-step",
+        help="one training step of an owner's run: ours, stock Megatron, transformers",
+        description="Take training steps of an owner's run in turn: the coupled pair with a frozen anchor (ours), "
+        "Megatron's MoELayer with the anchor's gradients set to zero (stock), and transformers' FlexOlmo. Same weights, "
+        "same tokens, one process.",
     )
     for name, default, text in (
-        ("hidden", 512, "hidden size"), ("ffn", 1376, "inner width of each expert"), ("layers", 8, "decoder layers"),
-        ("heads", 8, "attention heads"), ("vocab", 4096, "vocabulary size"), ("sequences", 2, "sequences in a step"),
-        ("length", 512, "tokens in a sequence"), ("rounds", 10, "timed steps of each"), ("seed", 1234, "of weights and tokens"),
+        ("hidden", 512, "hidden size"),
+        ("ffn", 1376, "inner width of each expert"),
+        ("layers", 8, "decoder layers"),
+        ("heads", 8, "attention heads"),
+        ("vocab", 4096, "vocabulary size"),
+        ("sequences", 2, "sequences in a step"),
+        ("length", 512, "tokens in a sequence"),
+        ("rounds", 10, "timed steps of each"),
+        ("seed", 1234, "of weights and tokens"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
     parser.set_defaults(run=run_pair_step)
@@ -28,13 +36,22 @@ def _register_pair_step(benches: argparse._SubParsersAction) -> None:
 
 def _register_merge(benches: argparse._SubParsersAction) -> None:
     parser = benches.add_parser(
-        "merge", help="merging against a plain copy of the same bytes",
-        description="Make anchors and packages of random numbers, then merge them and copy the same bytes in turn; speeds with fsync, "
-                    "and the merging process's peak memory for two sizes of model and two numbers of experts.",
+        "merge",
+        help="merging against a plain copy of the same bytes",
+        description="Make anchors and packages of random numbers, then merge them and copy the same bytes in turn; "
+        "speeds with fsync, and the merging process's peak memory for two sizes of model and two numbers of experts.",
     )
-    parser.add_argument("--scratch", metavar="DIR", help="existing folder on the disk to measure (default: the system's temporary folder)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="copies and merges of each size (default: %(default)s)")
-    parser.add_argument("--format", choices=("megatron", "hf"), default="megatron", help="of the merged model (default: %(default)s)")
+    parser.add_argument(
+        "--scratch",
+        metavar="DIR",
+        help="existing folder on the disk to measure (default: the system's temporary folder)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="copies and merges of each size (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--format", choices=("megatron", "hf"), default="megatron", help="of the merged model (default: %(default)s)"
+    )
     parser.set_defaults(run=run_merge)
 
 
@@ -46,8 +63,15 @@ def run_pair_step(args: argparse.Namespace) -> None:
     from flexolmo_megatron.runtime.setup import prepare
 
     model = ModelConfig(
-        num_layers=args.layers, hidden_size=args.hidden, ffn_hidden_size=args.ffn, num_attention_heads=args.heads,
-        num_query_groups=args.heads, vocab_size=args.vocab, max_position_embeddings=args.length, num_experts=2, top_k=2,
+        num_layers=args.layers,
+        hidden_size=args.hidden,
+        ffn_hidden_size=args.ffn,
+        num_attention_heads=args.heads,
+        num_query_groups=args.heads,
+        vocab_size=args.vocab,
+        max_position_embeddings=args.length,
+        num_experts=2,
+        top_k=2,
     )
     prepare()
     from flexolmo_megatron.training.bench import bench_pair_step, table

@@ -34,8 +34,8 @@ def _register_pack(subparsers: argparse._SubParsersAction) -> None:
                         help="published anchor that the expert was trained against; needed only for a checkpoint that "
                              "does not record its digest")
     parser.add_argument("--domain-vector", metavar="FILE",
-                        help="router row of a dense copy that was trained without coordination (expert.coordination=false), "
-                             "whose feed-forward networks are then packed; needs --name")
+                        help="router row of a dense copy that was trained without coordination "
+                             "(expert.coordination=false), whose feed-forward networks are then packed; needs --name")
     parser.set_defaults(run=run_pack)
 
 

@@ -17,7 +17,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train an anchor, an owner's expert or a baseline",
-        description="Train, or resume, one run. On several devices: torchrun --nproc-per-node N -m flexolmo_megatron.train MODE …",
+        description="Train, or resume, one run. On several devices: "
+        "torchrun --nproc-per-node N -m flexolmo_megatron.train MODE …",
         epilog="options of a run (KEY=VALUE, or in a YAML file):\n\n" + describe_options(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -28,9 +29,20 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``flexolmo train`` and ``python -m flexolmo_megatron.train`` share."""
     parser.add_argument("mode", choices=MODES, help="; ".join(f"{name}: {text}" for name, text in MODES.items()))
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file of options; may be repeated, later ones win")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML file of options; may be repeated, later ones win",
+    )
     parser.add_argument("--preset", choices=preset_names(), help="named sizes and settings to start from")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="single options, for example optimizer.lr=1e-3 model.num_layers=16")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="single options, for example optimizer.lr=1e-3 model.num_layers=16",
+    )
 
 
 def describe_options() -> str:

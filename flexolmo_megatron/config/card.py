@@ -43,9 +43,11 @@ class ModelCard:
     """What a checkpoint holds."""
 
     kind: Kind
-    """dense: no experts. moe: FlexOlmo experts and router. pair: only what an owner trained; the rest is in the anchor."""
+    """dense: no experts. moe: FlexOlmo experts and router. pair: only what an owner trained; the rest is in the
+    anchor."""
     model: ModelConfig
-    """The architecture. For a pair: of the coupled model (num_experts = top_k = 2, ffn_hidden_size as the owner's expert)."""
+    """The architecture. For a pair: of the coupled model (num_experts = top_k = 2, ffn_hidden_size as the owner's
+    expert)."""
     experts: list[ExpertRecord] = field(default_factory=list)
     """In the order of the router's rows; empty for a dense model."""
     tokenizer: dict[str, str] = field(default_factory=lambda: {"type": "byte"})
@@ -62,7 +64,9 @@ class ModelCard:
         if self.kind == "dense" and expected:
             raise FlexOlmoError(f"a dense model with model.num_experts = {expected}: expected 0")
         if len(self.experts) != expected:
-            raise FlexOlmoError(f"{len(self.experts)} expert names for model.num_experts = {expected}: expected one each")
+            raise FlexOlmoError(
+                f"{len(self.experts)} expert names for model.num_experts = {expected}: expected one each"
+            )
         names = self.expert_names
         if len(set(names)) != len(names):
             raise FlexOlmoError(f"expert names must be unique, got {names}")

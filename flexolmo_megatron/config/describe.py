@@ -32,5 +32,8 @@ def describe(schema: type, prefix: str = "") -> str:
             continue
         default = field.default if field.default is not NO_DEFAULT else field.default_factory()
         shown = "required" if default == "???" else f"default {default}"
-        blocks.append(f"  {name} ({shown})\n" + textwrap.fill(texts.get(field.name, ""), 110, initial_indent="      ", subsequent_indent="      "))
+        blocks.append(
+            f"  {name} ({shown})\n"
+            + textwrap.fill(texts.get(field.name, ""), 110, initial_indent="      ", subsequent_indent="      ")
+        )
     return "\n".join(blocks)

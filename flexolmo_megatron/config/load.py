@@ -15,7 +15,9 @@ Schema = TypeVar("Schema")
 
 def preset_names() -> list[str]:
     """Names that ``--preset`` takes."""
-    return sorted(path.name.removesuffix(".yaml") for path in files("flexolmo_megatron.config").joinpath("presets").iterdir())
+    return sorted(
+        path.name.removesuffix(".yaml") for path in files("flexolmo_megatron.config").joinpath("presets").iterdir()
+    )
 
 
 def load_config(
@@ -36,7 +38,9 @@ def load_config(
     config = OmegaConf.structured(schema)
     if preset is not None:
         if preset not in preset_names():
-            raise FlexOlmoError(f"unknown preset {preset!r}{nearest(preset, preset_names())}; there are {', '.join(preset_names())}")
+            raise FlexOlmoError(
+                f"unknown preset {preset!r}{nearest(preset, preset_names())}; there are {', '.join(preset_names())}"
+            )
         text = files("flexolmo_megatron.config").joinpath("presets", f"{preset}.yaml").read_text()
         config = _merge(config, OmegaConf.create(text), f"preset {preset}")
     for path in paths:
@@ -61,7 +65,9 @@ def load_config(
     try:
         return OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
-        raise FlexOlmoError(f"{error.full_key} has no value; set it in a YAML file or with {error.full_key}=…") from None
+        raise FlexOlmoError(
+            f"{error.full_key} has no value; set it in a YAML file or with {error.full_key}=…"
+        ) from None
 
 
 def _merge(config: DictConfig, values: DictConfig, where: str) -> DictConfig:

@@ -50,20 +50,35 @@ class ModelConfig:
         Raises:
             FlexOlmoError: a size is impossible; the message names the field, its value and what was expected.
         """
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-                     "vocab_size", "max_position_embeddings"):
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "vocab_size",
+            "max_position_embeddings",
+        ):
             if getattr(self, name) < 1:
                 raise FlexOlmoError(f"model.{name} = {getattr(self, name)}: expected a number of at least 1")
         if self.hidden_size % self.num_attention_heads:
-            raise FlexOlmoError(f"model.num_attention_heads = {self.num_attention_heads} does not divide "
-                                f"model.hidden_size = {self.hidden_size}")
+            raise FlexOlmoError(
+                f"model.num_attention_heads = {self.num_attention_heads} does not divide "
+                f"model.hidden_size = {self.hidden_size}"
+            )
         if self.head_dim % 2:
-            raise FlexOlmoError(f"model.hidden_size / model.num_attention_heads = {self.head_dim}: RoPE needs an even head size")
+            raise FlexOlmoError(
+                f"model.hidden_size / model.num_attention_heads = {self.head_dim}: RoPE needs an even head size"
+            )
         if self.num_attention_heads % self.num_query_groups:
-            raise FlexOlmoError(f"model.num_query_groups = {self.num_query_groups} does not divide "
-                                f"model.num_attention_heads = {self.num_attention_heads}")
+            raise FlexOlmoError(
+                f"model.num_query_groups = {self.num_query_groups} does not divide "
+                f"model.num_attention_heads = {self.num_attention_heads}"
+            )
         if self.num_experts < 0 or self.top_k < 0:
-            raise FlexOlmoError(f"model.num_experts = {self.num_experts}, model.top_k = {self.top_k}: expected 0 or more")
+            raise FlexOlmoError(
+                f"model.num_experts = {self.num_experts}, model.top_k = {self.top_k}: expected 0 or more"
+            )
         if self.num_experts and not 1 <= self.top_k <= self.num_experts:
             raise FlexOlmoError(f"model.top_k = {self.top_k}: expected 1 to model.num_experts = {self.num_experts}")
         if not self.num_experts and (self.top_k or self.router_bias):

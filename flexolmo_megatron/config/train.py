@@ -13,11 +13,13 @@ class DataConfig:
     """What is read."""
 
     train: list[str] = MISSING
-    """Prefixes of .bin/.idx files from `flexolmo data`; for a blend, weights and prefixes in turn: [0.7, own, 0.3, public]."""
+    """Prefixes of .bin/.idx files from `flexolmo data`; for a blend, weights and prefixes in turn: [0.7, own, 0.3,
+    public]."""
     valid: list[str] = field(default_factory=list)
     """The same for validation; empty for no validation."""
     public: list[str] = field(default_factory=list)
-    """Public data to mix into an owner's run, given like train: it teaches the router row where the anchor is better."""
+    """Public data to mix into an owner's run, given like train: it teaches the router row where the anchor is
+    better."""
     public_share: float = 0.0
     """Share of the samples that come from `public`, from 0 to below 1. The paper's owners use none."""
     seq_length: int = 512
@@ -83,9 +85,11 @@ class ExpertConfig:
     bias: bool = True
     """Train a bias per layer, used as min(bias, 0). False is the paper's ablation without it."""
     domain_loss_coeff: float = 0.0
-    """Weight of a loss on the router alone: whose document is this token from? Needs data.public. The paper has none."""
+    """Weight of a loss on the router alone: whose document is this token from? Needs data.public. The paper has
+    none."""
     ffn_hidden_size: int | None = None
-    """Inner width of the expert; by default the anchor's. A narrower one starts from the first of the anchor's inner units."""
+    """Inner width of the expert; by default the anchor's. A narrower one starts from the first of the anchor's inner
+    units."""
     coordination: bool = True
     """Ablation: False trains a dense copy of the anchor without coupling, whose FFNs are then packed as the expert."""
 
@@ -109,7 +113,8 @@ class TrainConfig:
     micro_batch_size: int = 4
     """Sequences that one process computes at a time."""
     global_batch_size: int = 4
-    """Sequences per step over all processes; above micro_batch_size times the data-parallel size, gradients accumulate."""
+    """Sequences per step over all processes; above micro_batch_size times the data-parallel size, gradients
+    accumulate."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 gradients and master weights; else in fp32."""
     seed: int = 1234
@@ -127,7 +132,9 @@ class TrainConfig:
     keep: int = 2
     """Checkpoints to keep; older ones are deleted after a new one is complete."""
     stop_after: int | None = None
-    """Stop, with a checkpoint, after this many steps of this process (for time-limited jobs); the next start resumes."""
+    """Stop, with a checkpoint, after this many steps of this process (for time-limited jobs); the next start
+    resumes."""
+
     def validate(self, data_parallel: int) -> None:
         """Check what no single field shows.
 
@@ -151,25 +158,31 @@ class TrainConfig:
             )
         styles = ("cosine", "linear", "constant", "WSD")
         if self.optimizer.lr_decay_style not in styles:
-            raise FlexOlmoError(f"optimizer.lr_decay_style = {self.optimizer.lr_decay_style!r}: expected one of {', '.join(styles)}")
+            raise FlexOlmoError(
+                f"optimizer.lr_decay_style = {self.optimizer.lr_decay_style!r}: expected one of {', '.join(styles)}"
+            )
         if not self.optimizer.lr > 0:
             raise FlexOlmoError(f"optimizer.lr = {self.optimizer.lr}: expected a number above 0")
         if not 0 <= self.optimizer.lr_warmup_iters < self.train_iters:
             raise FlexOlmoError(
-                f"optimizer.lr_warmup_iters = {self.optimizer.lr_warmup_iters}: expected 0 to train_iters - 1 = {self.train_iters - 1}"
+                f"optimizer.lr_warmup_iters = {self.optimizer.lr_warmup_iters}: expected 0 to train_iters - 1 = "
+                f"{self.train_iters - 1}"
             )
         if self.optimizer.lr_decay_style == "WSD" and not 0 < self.optimizer.lr_wsd_decay_iters <= self.train_iters:
             raise FlexOlmoError(
-                f"optimizer.lr_wsd_decay_iters = {self.optimizer.lr_wsd_decay_iters}: expected 1 to train_iters = {self.train_iters}"
+                f"optimizer.lr_wsd_decay_iters = {self.optimizer.lr_wsd_decay_iters}: expected 1 to train_iters = "
+                f"{self.train_iters}"
             )
         if not 0 <= self.data.public_share < 1 or bool(self.data.public) != (self.data.public_share > 0):
             raise FlexOlmoError(
-                f"data.public_share = {self.data.public_share} with {len(self.data.public)} entries in data.public: expected both or "
+                f"data.public_share = {self.data.public_share} with {len(self.data.public)} entries in "
+                f"data.public: expected both or "
                 "neither, and a share from 0 to below 1"
             )
         if self.expert.domain_loss_coeff < 0 or (self.expert.domain_loss_coeff > 0 and not self.data.public):
             raise FlexOlmoError(
-                f"expert.domain_loss_coeff = {self.expert.domain_loss_coeff}: expected 0 or more, and data.public where it is above 0"
+                f"expert.domain_loss_coeff = {self.expert.domain_loss_coeff}: expected 0 or more, and data.public "
+                f"where it is above 0"
             )
         if self.parallel.sequence and self.parallel.tensor == 1:
             raise FlexOlmoError("parallel.sequence = true: expected parallel.tensor above 1")

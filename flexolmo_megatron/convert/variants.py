@@ -21,7 +21,9 @@ def as_dense(anchor: LazyModel) -> LazyModel:
     if card.kind == "dense":
         return anchor
     if card.kind != "moe" or card.model.num_experts != 1:
-        raise FlexOlmoError(f"expected a dense model or a published anchor, got one with the experts {card.expert_names}")
+        raise FlexOlmoError(
+            f"expected a dense model or a published anchor, got one with the experts {card.expert_names}"
+        )
     tensors = {
         name.replace(".mlp.experts.0.", ".mlp."): tensor
         for name, tensor in anchor.tensors.items()
@@ -39,10 +41,14 @@ def upcycle(dense: LazyModel, num_experts: int, top_k: int, seed: int) -> LazyMo
         prefix = f"model.layers.{layer}.mlp"
         for expert in range(num_experts):
             for projection in _PROJECTIONS:
-                tensors[f"{prefix}.experts.{expert}.{projection}.weight"] = dense.tensors[f"{prefix}.{projection}.weight"]
+                tensors[f"{prefix}.experts.{expert}.{projection}.weight"] = dense.tensors[
+                    f"{prefix}.{projection}.weight"
+                ]
 
         tensors[f"{prefix}.gate.weight"] = _random_rows(
-            (num_experts, config.hidden_size), config.init_method_std, seed * 100_003 + layer,
+            (num_experts, config.hidden_size),
+            config.init_method_std,
+            seed * 100_003 + layer,
             dense.tensors[f"{prefix}.gate_proj.weight"].dtype,
         )
     names = [PUBLIC, *(f"expert_{index}" for index in range(1, num_experts))]

@@ -78,8 +78,12 @@ class TorchAttention(MegatronModule):
         elif 1 < queries < keys:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
         context_BNSD = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value,
-            attn_mask=mask, is_causal=mask is None and queries == keys, scale=self.softmax_scale,
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None and queries == keys,
+            scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return context_BNSD.permute(2, 0, 1, 3).flatten(2)

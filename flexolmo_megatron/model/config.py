@@ -95,7 +95,11 @@ def _check_layout(model: ModelConfig, values: dict[str, Any]) -> None:
     tensor = values.get("tensor_model_parallel_size", 1)
     for name in ("num_attention_heads", "num_query_groups", "vocab_size", "ffn_hidden_size"):
         if getattr(model, name) % tensor:
-            raise FlexOlmoError(f"model.{name} = {getattr(model, name)} cannot be split over parallel.tensor = {tensor} processes")
+            raise FlexOlmoError(
+                f"model.{name} = {getattr(model, name)} cannot be split over parallel.tensor = {tensor} processes"
+            )
     expert = values.get("expert_model_parallel_size", 1)
     if model.num_experts % expert:
-        raise FlexOlmoError(f"model.num_experts = {model.num_experts} cannot be split over parallel.expert = {expert} processes")
+        raise FlexOlmoError(
+            f"model.num_experts = {model.num_experts} cannot be split over parallel.expert = {expert} processes"
+        )

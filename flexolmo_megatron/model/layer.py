@@ -41,7 +41,11 @@ class FlexOlmoLayer(TransformerLayer):
     """Megatron's layer: the place between a sub-block and its residual addition is the bias-dropout-add function."""
 
     def __init__(
-        self, config: FlexOlmoTransformerConfig, submodules: FlexOlmoLayerSubmodules, layer_number: int = 1, **kwargs: Any
+        self,
+        config: FlexOlmoTransformerConfig,
+        submodules: FlexOlmoLayerSubmodules,
+        layer_number: int = 1,
+        **kwargs: Any,
     ) -> None:
         super().__init__(config, submodules, layer_number, **kwargs)
         norm = dict(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)

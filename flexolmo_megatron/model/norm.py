@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm with Megatron's constructor; unlike upstream's WrappedTorchNorm it allows sequence parallelism."""
+    """torch's RMSNorm with Megatron's constructor; unlike upstream's WrappedTorchNorm it allows sequence
+    parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -26,7 +27,8 @@ class RMSNorm(nn.RMSNorm):
 class ProjectionRMSNorm(nn.Module):
     """RMSNorm over a whole query or key projection (OLMo 2), of which this rank holds some heads.
 
-    The mean of squares is taken over all heads of all tensor-parallel ranks; the weight `[W / t]` is split like the heads.
+    The mean of squares is taken over all heads of all tensor-parallel ranks; the weight `[W / t]` is split like the
+    heads.
 
     Args:
         config: the model's configuration.
@@ -57,9 +59,15 @@ class ProjectionRMSNorm(nn.Module):
         normed = x_float * torch.rsqrt(squares_SB1 / self.width + self.eps)
         return (normed * self.weight).type_as(x_SBND).view_as(x_SBND)
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None) -> dict:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict:
         """Megatron's checkpoint description: the weight is split along dimension 0."""
         return make_sharded_tensors_for_checkpoint(
-            self.state_dict(keep_vars=True), prefix, {"weight": 0}, sharded_offsets,
-            tp_group=self.tp_group, dp_cp_group=(metadata or {}).get("dp_cp_group"),
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
         )

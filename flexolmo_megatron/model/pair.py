@@ -1,6 +1,7 @@
 """The coupled pair of anchor-coupled training: both FFNs run on every token, nothing is dispatched.
 
-With two of two experts active (arXiv 2507.07024, section 3.1) a sparse layer would permute all tokens twice for nothing,
+With two of two experts active (arXiv 2507.07024, section 3.1) a sparse layer would permute all tokens twice for
+nothing,
 and its stacked weights could not be frozen by half. Here the anchor is an ordinary frozen MLP: it computes input
 gradients only and has no gradient buffer and no optimizer state.
 """

@@ -20,7 +20,8 @@ from flexolmo_megatron.model.config import FlexOlmoTransformerConfig
 
 
 class _NonPositive(torch.autograd.Function):
-    """min(b, 0), with a gradient that lets a bias at or above 0 come down again, and no gradient to push it further up."""
+    """min(b, 0), with a gradient that lets a bias at or above 0 come down again, and no gradient to push it further
+    up."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, bias: Tensor) -> Tensor:
@@ -68,7 +69,8 @@ class DomainRouter(TopKRouter):
         return logits
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Map logits `[s, b, E]` to probabilities and a boolean map, both `[T, E]`, with at most top-k True per token."""
+        """Map logits `[s, b, E]` to probabilities and a boolean map, both `[T, E]`, with at most top-k True per
+        token."""
         probs, routing_map = super().routing(logits, padding_mask)
         if self.allowed_BE is not None:
             # Where fewer than top-k experts are allowed, top-k has filled up with excluded ones at probability 0.

@@ -47,9 +47,7 @@ def _mlp_spec(kind: ModelKind, backend: BackendSpecProvider) -> ModuleSpec:
     experts, expert_linears = backend.grouped_mlp_modules(grouped_gemm, False)
     return ModuleSpec(
         module=MoELayer,
-        submodules=MoESubmodules(
-            experts=ModuleSpec(module=experts, submodules=expert_linears), router=DomainRouter
-        ),
+        submodules=MoESubmodules(experts=ModuleSpec(module=experts, submodules=expert_linears), router=DomainRouter),
     )
 
 

@@ -106,8 +106,10 @@ def _check_keys(live: dict[str, tuple[int, ...]], stored: dict[str, MegatronTens
         if key not in stored:
             raise FlexOlmoError(f"nothing in the given {card.kind} model fills the tensor {key} of the running model")
         if shape != stored[key].shape:
-            raise FlexOlmoError(f"tensor {key} has shape {list(shape)} in the running model "
-                                f"and {list(stored[key].shape)} in the given {card.kind} model")
+            raise FlexOlmoError(
+                f"tensor {key} has shape {list(shape)} in the running model "
+                f"and {list(stored[key].shape)} in the given {card.kind} model"
+            )
     for key in stored:
         if key not in live:
             raise FlexOlmoError(f"the running model has no place for the tensor {key} of the given {card.kind} model")
@@ -147,8 +149,10 @@ def load_anchor(pair_model: Chunks, anchor: LazyModel) -> None:
         FlexOlmoError: ``anchor`` is not such a model, or does not fit.
     """
     if anchor.card.kind != "moe" or anchor.card.model.num_experts != 1:
-        raise FlexOlmoError(f"the anchor is a {anchor.card.kind} model with {anchor.card.model.num_experts} experts: "
-                            "expected a published anchor, a moe model with one expert")
+        raise FlexOlmoError(
+            f"the anchor is a {anchor.card.kind} model with {anchor.card.model.num_experts} experts: "
+            "expected a published anchor, a moe model with one expert"
+        )
     load_weights(pair_model, anchor)
 
 
@@ -174,11 +178,16 @@ def init_expert_from_anchor(pair_model: Chunks, anchor: LazyModel) -> None:
     fc2 = next(shard for shard in shards if shard.key.endswith("linear_fc2.weight"))
     width, anchor_width = fc2.shape[1], anchor.card.model.ffn_hidden_size
     if width > anchor_width:
-        raise FlexOlmoError(f"model.ffn_hidden_size = {width} of the expert: to start as a copy of the anchor's FFN it "
-                            f"must be at most the anchor's, {anchor_width}")
+        raise FlexOlmoError(
+            f"model.ffn_hidden_size = {width} of the expert: to start as a copy of the anchor's FFN it "
+            f"must be at most the anchor's, {anchor_width}"
+        )
     stored = megatron_tensors(replace(anchor.card.model, ffn_hidden_size=width, num_experts=2, top_k=2), "pair")
-    tensors = {name.replace(".experts.0.", ".experts.1."): _narrow(tensor, 1 if "down_proj" in name else 0, width)
-               for name, tensor in anchor.tensors.items() if ".experts.0." in name}
+    tensors = {
+        name.replace(".experts.0.", ".experts.1."): _narrow(tensor, 1 if "down_proj" in name else 0, width)
+        for name, tensor in anchor.tensors.items()
+        if ".experts.0." in name
+    }
     for shard in shards:
         shard.data.copy_(fill_region(stored[shard.key], shard.offset, shard.sizes, tensors, shard.data.dtype))
 

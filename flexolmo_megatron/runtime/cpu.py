@@ -36,7 +36,8 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Sends tensors meant for CUDA to the CPU, and reports CPU tensors' types as the CUDA ones upstream compares with."""
+    """Sends tensors meant for CUDA to the CPU, and reports CPU tensors' types as the CUDA ones upstream compares
+    with."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

@@ -36,7 +36,9 @@ def prepare() -> None:
     )
 
 
-def initialize(*, tensor_parallel: int = 1, pipeline_parallel: int = 1, expert_parallel: int = 1, seed: int = 1234) -> None:
+def initialize(
+    *, tensor_parallel: int = 1, pipeline_parallel: int = 1, expert_parallel: int = 1, seed: int = 1234
+) -> None:
     """Make this process ready to build Megatron modules; calling it again with the same layout does nothing.
 
     Under torchrun (RANK and WORLD_SIZE set) all processes join one group; elsewhere the process is a world of one.
@@ -59,7 +61,8 @@ def initialize(*, tensor_parallel: int = 1, pipeline_parallel: int = 1, expert_p
         )
     if (world_size // model_parallel) % expert_parallel:
         raise FlexOlmoError(
-            f"parallel.expert = {expert_parallel} does not divide the {world_size // model_parallel} data-parallel processes"
+            f"parallel.expert = {expert_parallel} does not divide the {world_size // model_parallel} data-parallel "
+            f"processes"
         )
     prepare()
     on_cuda = torch.cuda.is_available()

@@ -4,10 +4,12 @@
 (b) stock: Megatron's own MoELayer, router, core attention and optimizer settings in the same layers, with the research
     code's method: gradients for both experts, the anchor's set to zero after the backward pass, Adam over both.
     A second line, "stock MoE", has our core attention and torch's fused AdamW, so that only the pair layer differs.
-(c) transformers: its FlexOlmo with everything but the experts and routers frozen. From transformers 5 on its experts are
+(c) transformers: its FlexOlmo with everything but the experts and routers frozen. From transformers 5 on its experts
+are
     one stacked parameter, so that the anchor's gradient is set to zero after the backward pass, as in (b).
 
-All start from the same weights, see the same tokens and take their steps in turn, so that a change of the machine's speed
+All start from the same weights, see the same tokens and take their steps in turn, so that a change of the machine's
+speed
 meets all alike. Attention, norms and the head are frozen in all three.
 """
 
@@ -104,7 +106,12 @@ def _synchronize() -> None:
 
 
 def _megatron(
-    name: str, model: GPTModel, config: TrainConfig, batch: dict[str, Tensor], mask: Callable[[], None], fused_adamw: bool = True
+    name: str,
+    model: GPTModel,
+    config: TrainConfig,
+    batch: dict[str, Tensor],
+    mask: Callable[[], None],
+    fused_adamw: bool = True,
 ) -> Contestant:
     """A contestant on Megatron's DDP and optimizer; ``mask`` runs between the backward pass and the optimizer."""
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
@@ -143,12 +150,20 @@ def _pair_and_weights(model: ModelConfig) -> tuple[GPTModel, LazyModel]:
 
 
 def _stock(
-    name: str, model: ModelConfig, weights: LazyModel, config: TrainConfig, batch: dict[str, Tensor], *, ours_around: bool
+    name: str,
+    model: ModelConfig,
+    weights: LazyModel,
+    config: TrainConfig,
+    batch: dict[str, Tensor],
+    *,
+    ours_around: bool,
 ) -> Contestant:
     """Megatron's mixture; ``ours_around`` says whether attention and optimizer are as in our run."""
     megatron_config = transformer_config(model, "moe", moe_z_loss_coeff=Z_LOSS)
     backend = None if ours_around or HAVE_TE else _StockAttention()
-    spec = block_spec("moe", megatron_config, backend)  # MoELayer and experts are Megatron's already; the router is made so
+    spec = block_spec(
+        "moe", megatron_config, backend
+    )  # MoELayer and experts are Megatron's already; the router is made so
     spec.layer_specs[0].submodules.mlp.submodules.router = TopKRouter  # one spec object for all layers
     mixture = build_model(model, "moe", megatron_config, spec=spec).to(local_device())
     load_weights(mixture, weights)
@@ -181,13 +196,18 @@ def _transformers(weights: LazyModel, config: TrainConfig, batch: dict[str, Tens
         parameter.requires_grad_(".mlp." in name)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     stacked = [parameter for parameter in trained if len(parameter) == 2]  # experts and rows; [0] is the anchor's
-    separate = [p for name, p in model.named_parameters() if ".mlp.experts.0." in name]  # transformers 4: frozen for real
+    separate = [
+        p for name, p in model.named_parameters() if ".mlp.experts.0." in name
+    ]  # transformers 4: frozen for real
     for parameter in separate:
         parameter.requires_grad_(False)
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in trained if parameter.requires_grad], lr=settings.lr,
-        betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps, weight_decay=settings.weight_decay,
+        [parameter for parameter in trained if parameter.requires_grad],
+        lr=settings.lr,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
     )
 
     def step() -> float:
@@ -203,9 +223,10 @@ def _transformers(weights: LazyModel, config: TrainConfig, batch: dict[str, Tens
 
     def state_bytes() -> tuple[int, int, int]:
         state = [value for values in optimizer.state.values() for value in values.values()]
-        return tuple(sum(t.numel() * t.element_size() for t in tensors) for tensors in (
-            list(model.parameters()), [p.grad for p in trained if p.grad is not None], state
-        ))
+        return tuple(
+            sum(t.numel() * t.element_size() for t in tensors)
+            for tensors in (list(model.parameters()), [p.grad for p in trained if p.grad is not None], state)
+        )
 
     return Contestant("transformers", step, state_bytes)
 
@@ -224,7 +245,8 @@ def bench_pair_step(model: ModelConfig, sequences: int, length: int, rounds: int
     torch.manual_seed(seed)
     tokens = torch.randint(model.vocab_size, (sequences, length + 1), device=local_device())
     batch = {
-        "tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(),
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
         "positions": torch.arange(length, device=local_device()).expand(sequences, length),
     }
     config = TrainConfig(out="")
@@ -253,8 +275,18 @@ def bench_pair_step(model: ModelConfig, sequences: int, length: int, rounds: int
 
 def table(contestants: list[Contestant], tokens: int) -> Table:
     """The result: speeds as medians, and how the others compare with ours."""
-    columns = ("", "first loss", "s / step", "tokens/s", "our speed-up", "weights", "gradients", "optimizer",
-               "gradients + optimizer", "peak in a step")
+    columns = (
+        "",
+        "first loss",
+        "s / step",
+        "tokens/s",
+        "our speed-up",
+        "weights",
+        "gradients",
+        "optimizer",
+        "gradients + optimizer",
+        "peak in a step",
+    )
     result = Table(*columns, title="one step of an owner's run, in turn, in one process; sizes in MB")
     ours = statistics.median(contestants[0].seconds)
     for contestant in contestants:
@@ -262,8 +294,13 @@ def table(contestants: list[Contestant], tokens: int) -> Table:
         weights, gradients, optimizer = contestant.state_bytes()
         total, our_total = gradients + optimizer, sum(contestants[0].state_bytes()[1:])
         result.add_row(
-            contestant.name, f"{contestant.first_loss:.5f}", f"{seconds:.3f}", f"{tokens / seconds:,.0f}",
-            f"{seconds / ours:.2f}x", *(f"{value / 1e6:,.1f}" for value in (weights, gradients, optimizer)),
-            f"{total / 1e6:,.1f} (ours: {our_total / total:.2f}x)", f"{contestant.peak_bytes / 1e6:,.0f}",
+            contestant.name,
+            f"{contestant.first_loss:.5f}",
+            f"{seconds:.3f}",
+            f"{tokens / seconds:,.0f}",
+            f"{seconds / ours:.2f}x",
+            *(f"{value / 1e6:,.1f}" for value in (weights, gradients, optimizer)),
+            f"{total / 1e6:,.1f} (ours: {our_total / total:.2f}x)",
+            f"{contestant.peak_bytes / 1e6:,.0f}",
         )
     return result

@@ -63,7 +63,9 @@ def step_folders(run: Path) -> list[Path]:
     folder = run / "checkpoints"
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name) and (path / CARD_FILE).is_file())
+    return sorted(
+        path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name) and (path / CARD_FILE).is_file()
+    )
 
 
 def _metadata() -> dict[str, Any]:
@@ -83,7 +85,11 @@ def _sharded_state(state: TrainingState, is_loading: bool) -> dict[str, Any]:
         trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         sharded = module.sharded_state_dict(metadata=metadata)
         models[f"model{index}"] = {name: tensor for name, tensor in sharded.items() if name in trainable}
-    every = {name: tensor for model in models.values() for name, tensor in model.items()} if len(models) > 1 else models["model0"]
+    every = (
+        {name: tensor for model in models.values() for name, tensor in model.items()}
+        if len(models) > 1
+        else models["model0"]
+    )
     return {
         **models,
         "optimizer": state.optimizer.sharded_state_dict(every, is_loading=is_loading, metadata=metadata),
@@ -108,7 +114,9 @@ def save(run: Path, state: TrainingState, card: ModelCard, keep: int) -> Path:
         try:
             dist_checkpointing.save(_sharded_state(state, is_loading=False), shared[0])
         except FAILURES as error:
-            raise FlexOlmoError(f"cannot write the checkpoint {path}: {_cause(error)}; earlier checkpoints are intact") from error
+            raise FlexOlmoError(
+                f"cannot write the checkpoint {path}: {_cause(error)}; earlier checkpoints are intact"
+            ) from error
         if first:
             card.save(temporary)
     torch.distributed.barrier()
@@ -167,4 +175,8 @@ def load(path: Path, state: TrainingState) -> None:
         state.optimizer.load_state_dict(loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["scheduler"])
     progress = loaded["progress"]
-    state.step, state.consumed_samples, state.tokens = progress["step"], progress["consumed_samples"], progress["tokens"]
+    state.step, state.consumed_samples, state.tokens = (
+        progress["step"],
+        progress["consumed_samples"],
+        progress["tokens"],
+    )

@@ -281,7 +281,8 @@ def batches(dataset: Dataset, *, consumed_samples: int = 0, micro_batch_size: in
 
     Returns:
         An iterable of ``tokens``, ``labels``, ``position_ids`` [b, s] int64, ``loss_mask`` [b, s] fp32,
-        ``attention_mask`` None (causal) and, of a blend, ``dataset_id`` [b], the place of each sample's prefix in it. It ends before the first batch that some rank could not fill.
+        ``attention_mask`` None (causal) and, of a blend, ``dataset_id`` [b], the place of each sample's prefix in it.
+        It ends before the first batch that some rank could not fill.
     """
     sampler = ResumableSampler(len(dataset), consumed_samples, micro_batch_size, data_parallel_rank, data_parallel_size)
     # An own generator: a DataLoader draws a seed even where nothing is random, which would move the run's random state.

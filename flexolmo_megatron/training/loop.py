@@ -22,10 +22,10 @@ from tqdm import tqdm
 from flexolmo_megatron.config.load import save_config
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.model.router import PairRouter
 from flexolmo_megatron.runtime.setup import initialize, local_device
 from flexolmo_megatron.training import checkpoint
 from flexolmo_megatron.training.checkpoint import TrainingState
-from flexolmo_megatron.model.router import PairRouter
 from flexolmo_megatron.training.datasets import Datasets, batches, build_datasets, parse_blend
 from flexolmo_megatron.training.freezing import frozen_fingerprint
 from flexolmo_megatron.training.memory import memory_report
@@ -49,8 +49,10 @@ def train(mode: Mode, config: TrainConfig) -> Path:
         RuntimeError: a frozen parameter has changed (a defect of this package).
     """
     initialize(
-        tensor_parallel=config.parallel.tensor, pipeline_parallel=config.parallel.pipeline,
-        expert_parallel=config.parallel.expert, seed=config.seed,
+        tensor_parallel=config.parallel.tensor,
+        pipeline_parallel=config.parallel.pipeline,
+        expert_parallel=config.parallel.expert,
+        seed=config.seed,
     )
     data_parallel = parallel_state.get_data_parallel_world_size()
     config.validate(data_parallel)
@@ -78,7 +80,10 @@ def _claim(run: Path, mode: Mode, config: TrainConfig) -> None:
         if run.exists() and not mark.is_file() and any(run.iterdir()):
             raise FlexOlmoError(f"out = {run} is a folder with other things in it; name a new folder")
         if mark.is_file() and mark.read_text().strip() != mode:
-            raise FlexOlmoError(f"out = {run} holds a run of `train {mark.read_text().strip()}`, not of `train {mode}`; name a new folder")
+            raise FlexOlmoError(
+                f"out = {run} holds a run of `train {mark.read_text().strip()}`, not of `train {mode}`; name a new "
+                f"folder"
+            )
         try:
             run.mkdir(parents=True, exist_ok=True)
             mark.write_text(mode + "\n")
@@ -91,10 +96,15 @@ def _claim(run: Path, mode: Mode, config: TrainConfig) -> None:
 def _datasets(config: TrainConfig, run: Path, begun: Start) -> Datasets:
     tokenizer = load_tokenizer(begun.card.tokenizer)
     return build_datasets(
-        train=_blend(config), valid=config.data.valid or None, sequence_length=config.data.seq_length, seed=config.seed,
+        train=_blend(config),
+        valid=config.data.valid or None,
+        sequence_length=config.data.seq_length,
+        seed=config.seed,
         train_samples=config.train_iters * config.global_batch_size,
         valid_samples=config.eval_iters * config.global_batch_size,
-        tokenizer=tokenizer, vocab_size=begun.card.model.vocab_size, cache_dir=config.data.cache or run / "cache",
+        tokenizer=tokenizer,
+        vocab_size=begun.card.model.vocab_size,
+        cache_dir=config.data.cache or run / "cache",
     )
 
 
@@ -106,7 +116,8 @@ def _blend(config: TrainConfig) -> list[str | float]:
     public, public_weights = parse_blend(config.data.public, "data.public")
     blend: list[str | float] = []
     for names, given, share in (
-        (prefixes, weights, 1 - config.data.public_share), (public, public_weights, config.data.public_share)
+        (prefixes, weights, 1 - config.data.public_share),
+        (public, public_weights, config.data.public_share),
     ):
         given = given or [1.0] * len(names)
         for name, weight in zip(names, given, strict=True):
@@ -151,7 +162,14 @@ class _Run:
     def __init__(
         self, mode: Mode, config: TrainConfig, run: Path, begun: Start, datasets: Datasets, state: TrainingState
     ) -> None:
-        self.mode, self.config, self.run, self.card, self.datasets, self.state = mode, config, run, begun.card, datasets, state
+        self.mode, self.config, self.run, self.card, self.datasets, self.state = (
+            mode,
+            config,
+            run,
+            begun.card,
+            datasets,
+            state,
+        )
         self.data_parallel = parallel_state.get_data_parallel_world_size()
         self.microbatches = config.global_batch_size // (config.micro_batch_size * self.data_parallel)
         self.first = torch.distributed.get_rank() == 0
@@ -165,29 +183,42 @@ class _Run:
         """Open metrics.jsonl for appending, without lines of steps that will be done again."""
         path = self.run / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= self.state.step]
+            kept = [
+                line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= self.state.step
+            ]
             path.write_text("".join(f"{line}\n" for line in kept))
         return open(path, "a", buffering=1)
 
     def _iterator(self, dataset: Any, consumed_samples: int) -> Iterator[dict[str, Tensor]]:
-        return iter(batches(
-            dataset, consumed_samples=consumed_samples, micro_batch_size=self.config.micro_batch_size,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(), data_parallel_size=self.data_parallel,
-        ))
+        return iter(
+            batches(
+                dataset,
+                consumed_samples=consumed_samples,
+                micro_batch_size=self.config.micro_batch_size,
+                data_parallel_rank=parallel_state.get_data_parallel_rank(),
+                data_parallel_size=self.data_parallel,
+            )
+        )
 
     def _pass(self, iterator: Iterator, forward_only: bool) -> float:
         """Run one global batch; returns the mean loss per token in nats (on every rank)."""
         reports = self.forward_backward(
-            forward_step_func=self.forward_step, data_iterator=iterator, model=self.state.chunks,
-            num_microbatches=self.microbatches, seq_length=self.config.data.seq_length,
-            micro_batch_size=self.config.micro_batch_size, forward_only=forward_only,
+            forward_step_func=self.forward_step,
+            data_iterator=iterator,
+            model=self.state.chunks,
+            num_microbatches=self.microbatches,
+            seq_length=self.config.data.seq_length,
+            micro_batch_size=self.config.micro_batch_size,
+            forward_only=forward_only,
         )
         totals = torch.zeros(2, dtype=torch.float64, device=local_device())
         for report in reports:  # empty except on the last pipeline stage
             totals += report["loss"]
         torch.distributed.all_reduce(totals, group=parallel_state.get_data_parallel_group())
         torch.distributed.broadcast(
-            totals, parallel_state.get_pipeline_model_parallel_last_rank(), parallel_state.get_pipeline_model_parallel_group()
+            totals,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            parallel_state.get_pipeline_model_parallel_group(),
         )
         return (totals[0] / totals[1]).item()
 
@@ -235,7 +266,8 @@ class _Run:
         loss = self._pass(iterator, forward_only=False)
         if not math.isfinite(loss):
             raise FlexOlmoError(
-                f"step {state.step + 1}: the loss is {loss}; lower optimizer.lr = {config.optimizer.lr} or check the data; "
+                f"step {state.step + 1}: the loss is {loss}; lower optimizer.lr = {config.optimizer.lr} or check "
+                f"the data; "
                 "the last checkpoint is intact"
             )
         _, grad_norm, _ = state.optimizer.step()
@@ -245,7 +277,10 @@ class _Run:
         tokens = config.global_batch_size * config.data.seq_length
         state.tokens += tokens
         row = {
-            "step": state.step, "loss": loss, "grad_norm": float(grad_norm or 0.0), "lr": lr,
+            "step": state.step,
+            "loss": loss,
+            "grad_norm": float(grad_norm or 0.0),
+            "lr": lr,
             "tokens_per_second": tokens / (time.perf_counter() - began),
         }
         tracker = get_moe_layer_wise_logging_tracker()
@@ -255,7 +290,8 @@ class _Run:
         return row
 
     def _mean_router_loss(self, values_L: Tensor) -> float:
-        """Mean over layers, microbatches and ranks of a router loss without its coefficient; each stage has its layers."""
+        """Mean over layers, microbatches and ranks of a router loss without its coefficient; each stage has its
+        layers."""
         total = values_L.sum() / (len(values_L) * self.microbatches)
         torch.distributed.all_reduce(total)
         stages = parallel_state.get_pipeline_model_parallel_world_size()
@@ -267,7 +303,9 @@ class _Run:
         for chunk in self.state.chunks:
             chunk.eval()
         iterator = self._iterator(self.datasets.valid, 0)
-        return sum(self._pass(iterator, forward_only=True) for _ in range(self.config.eval_iters)) / self.config.eval_iters
+        return (
+            sum(self._pass(iterator, forward_only=True) for _ in range(self.config.eval_iters)) / self.config.eval_iters
+        )
 
     def _report(self, row: dict[str, Any], bar: tqdm, final: bool) -> None:
         if not self.first:
@@ -280,13 +318,17 @@ class _Run:
         if row["step"] % self.config.log_interval == 0 or final or "valid_loss" in row:
             valid = f", valid loss {row['valid_loss']:.4f}" if "valid_loss" in row else ""
             tqdm.write(
-                f"step {row['step']}/{self.config.train_iters}: loss {row['loss']:.4f}, grad norm {row['grad_norm']:.3f}, "
+                f"step {row['step']}/{self.config.train_iters}: loss {row['loss']:.4f}, grad norm "
+                f"{row['grad_norm']:.3f}, "
                 f"lr {row['lr']:.2e}, {row['tokens_per_second']:,.0f} tokens/s{valid}"
             )
 
     def _save(self) -> None:
         self.card.training = {
-            "tokens": self.state.tokens, "steps": self.state.step, "lr": self.config.optimizer.lr, "seed": self.config.seed,
+            "tokens": self.state.tokens,
+            "steps": self.state.step,
+            "lr": self.config.optimizer.lr,
+            "seed": self.config.seed,
         }
         path = checkpoint.save(self.run, self.state, self.card, self.config.keep)
         _say(f"saved {path}")

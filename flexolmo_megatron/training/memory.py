@@ -21,7 +21,8 @@ class MemoryReport:
     def __str__(self) -> str:
         return (
             f"trainable parameters {self.trainable_parameters:,}, frozen {self.frozen_parameters:,}; "
-            f"weights {self.weight_bytes:,} B, gradients {self.gradient_bytes:,} B, optimizer state {self.optimizer_bytes:,} B"
+            f"weights {self.weight_bytes:,} B, gradients {self.gradient_bytes:,} B, optimizer state "
+            f"{self.optimizer_bytes:,} B"
         )
 
 
@@ -38,7 +39,9 @@ def optimizer_tensors(optimizer: MegatronOptimizer) -> list[Tensor]:
     for part in parts:
         if part.optimizer is None:  # nothing to optimise on this rank
             continue
-        tensors += [value for state in part.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        tensors += [
+            value for state in part.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+        ]
         tensors += chain.from_iterable(getattr(part, "fp32_from_float16_groups", []))
         tensors += [
             tensor

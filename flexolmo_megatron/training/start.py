@@ -47,7 +47,9 @@ def start(mode: Mode, config: TrainConfig) -> Start:
         FlexOlmoError: the anchor is missing, of the wrong kind, or does not fit the configuration.
     """
     if mode == "anchor" and config.anchor is not None:
-        raise FlexOlmoError(f"anchor = {config.anchor}: an anchor starts from random weights; to continue one, use `train dense`")
+        raise FlexOlmoError(
+            f"anchor = {config.anchor}: an anchor starts from random weights; to continue one, use `train dense`"
+        )
     if mode == "expert":
         return _start_expert(config)
     source = None if config.anchor is None else open_model(config.anchor)
@@ -90,7 +92,8 @@ def _start_expert(config: TrainConfig) -> Start:
     anchor = open_model(config.anchor)
     if anchor.card.kind != "moe" or anchor.card.model.num_experts != 1:
         raise FlexOlmoError(
-            f"anchor = {config.anchor} has no router row (kind {anchor.card.kind}, {anchor.card.model.num_experts} experts): "
+            f"anchor = {config.anchor} has no router row (kind {anchor.card.kind}, {anchor.card.model.num_experts} "
+            f"experts): "
             "expected a published anchor, as `flexolmo embed --publish` writes it"
         )
     width = config.expert.ffn_hidden_size or anchor.card.model.ffn_hidden_size
@@ -99,17 +102,26 @@ def _start_expert(config: TrainConfig) -> Start:
             f"expert.ffn_hidden_size = {width}: expected 1 to the anchor's {anchor.card.model.ffn_hidden_size}"
         )
     rows, made = _first_rows(config, anchor)
-    model_config = replace(anchor.card.model, num_experts=2, top_k=2, ffn_hidden_size=width, router_bias=config.expert.bias)
+    model_config = replace(
+        anchor.card.model, num_experts=2, top_k=2, ffn_hidden_size=width, router_bias=config.expert.bias
+    )
     card = ModelCard(
-        "pair", model_config, [ExpertRecord(PUBLIC), ExpertRecord(config.expert.name, router=made)],
-        tokenizer=anchor.card.tokenizer, anchor_digest=model_digest(anchor), anchor_path=config.anchor,
+        "pair",
+        model_config,
+        [ExpertRecord(PUBLIC), ExpertRecord(config.expert.name, router=made)],
+        tokenizer=anchor.card.tokenizer,
+        anchor_digest=model_digest(anchor),
+        anchor_path=config.anchor,
     )
     _check_sequence(config, card.model)
     if not config.expert.coordination:
         return _start_uncoordinated(config, anchor, card)
     model = _build(
-        config, model_config, "pair",
-        anchor_ffn_hidden_size=anchor.card.model.ffn_hidden_size, domain_loss_coeff=config.expert.domain_loss_coeff,
+        config,
+        model_config,
+        "pair",
+        anchor_ffn_hidden_size=anchor.card.model.ffn_hidden_size,
+        domain_loss_coeff=config.expert.domain_loss_coeff,
     )
     load_anchor(model, anchor)
     init_expert_from_anchor(model, anchor)
@@ -130,7 +142,9 @@ def _first_rows(config: TrainConfig, anchor: LazyModel) -> tuple[torch.Tensor, d
         # As long as the domain vectors they stand in for.
         return rows / rows.norm(dim=-1, keepdim=True), {"embedder": "random", "documents": 0}
     if config.expert.domain_vector is None:
-        raise FlexOlmoError("expert.domain_vector has no value: expected a file from `flexolmo embed`, or expert.random_row=true")
+        raise FlexOlmoError(
+            "expert.domain_vector has no value: expected a file from `flexolmo embed`, or expert.random_row=true"
+        )
     vector = load_vector(config.expert.domain_vector)
     vector.check_fits(size.num_layers, size.hidden_size, config.expert.domain_vector)
     digest = dense_digest(anchor)
@@ -163,7 +177,8 @@ def _check_sequence(config: TrainConfig, model: ModelConfig) -> None:
 
 def _build(config: TrainConfig, model: ModelConfig, kind: str, **options: float) -> GPTModel:
     megatron_config = transformer_config(
-        model, kind,
+        model,
+        kind,
         dtype=torch.bfloat16 if config.bf16 else torch.float32,
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
@@ -174,8 +189,11 @@ def _build(config: TrainConfig, model: ModelConfig, kind: str, **options: float)
     )
     torch.manual_seed(config.seed)
     return build_model(
-        model, kind, megatron_config,
-        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
+        model,
+        kind,
+        megatron_config,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
     ).to(local_device())
 
 

@@ -36,7 +36,11 @@ def test_the_live_anchor_has_the_anchors_digest_after_training(world, expert_opt
     seen = []
     save = loop.checkpoint.save
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.checkpoint, "save", lambda run, state, card, keep: (seen.append(state), save(run, state, card, keep))[1])
+        patch.setattr(
+            loop.checkpoint,
+            "save",
+            lambda run, state, card, keep: (seen.append(state), save(run, state, card, keep))[1],
+        )
         loop.train("expert", config)
     anchor = open_model(world / "anchor")
     (chunk,) = seen[0].chunks
@@ -66,7 +70,8 @@ def test_checkpoints_hold_only_what_trains(run):
     keys = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     weights = {key for key in keys if not key.startswith("optimizer")}
     assert weights == {
-        f"decoder.layers.{layer}.mlp.{name}" for layer in range(2)
+        f"decoder.layers.{layer}.mlp.{name}"
+        for layer in range(2)
         for name in ("expert.linear_fc1.weight", "expert.linear_fc2.weight", "router.row", "router.bias")
     }
     moments = {key for key in keys if key.startswith("optimizer")}
@@ -83,10 +88,14 @@ def test_the_expert_starts_as_the_anchor_and_its_row_as_the_domain_vector(world,
         mlp = f"model.layers.{layer}.mlp"
         for name in ("gate_proj", "up_proj", "down_proj"):
             torch.testing.assert_close(
-                pair.tensors[f"{mlp}.experts.1.{name}.weight"].read(), anchor.tensors[f"{mlp}.experts.0.{name}.weight"].read(),
-                rtol=0, atol=1e-9,
+                pair.tensors[f"{mlp}.experts.1.{name}.weight"].read(),
+                anchor.tensors[f"{mlp}.experts.0.{name}.weight"].read(),
+                rtol=0,
+                atol=1e-9,
             )
-        torch.testing.assert_close(pair.tensors[f"{mlp}.gate.weight"].read()[0], torch.from_numpy(rows[layer]), rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            pair.tensors[f"{mlp}.gate.weight"].read()[0], torch.from_numpy(rows[layer]), rtol=0, atol=1e-9
+        )
         assert pair.tensors[f"{mlp}.gate.bias"].read().abs().item() <= 1e-9
 
 
@@ -96,7 +105,9 @@ def test_the_router_has_its_own_learning_rate(world, expert_options, tmp_path):
     anchor, pair = open_model(world / "anchor"), open_model(tmp_path / "run")
     from flexolmo_megatron.domain.vector import load_vector
 
-    moved = pair.tensors["model.layers.0.mlp.gate.weight"].read()[0] - torch.from_numpy(load_vector(world / "own.npz").row(0))
+    moved = pair.tensors["model.layers.0.mlp.gate.weight"].read()[0] - torch.from_numpy(
+        load_vector(world / "own.npz").row(0)
+    )
     # AdamW's first step is the learning rate in every coordinate, up to epsilon.
     torch.testing.assert_close(moved.abs(), torch.full_like(moved, 1e-2), rtol=1e-2, atol=0)
     name = "model.layers.0.mlp.experts.{}.up_proj.weight"
@@ -129,21 +140,28 @@ def test_a_report_of_memory_is_printed(world, expert_options, tmp_path, capsys):
     text = capsys.readouterr().out
     trained = 2 * (3 * 32 * 48 + 32 + 1)
     frozen = 2 * 264 * 32 + 32 + 2 * (32 * 64 + 32 + 16 + 32 * 32 + 3 * 32 * 48 + 32 + 2 * 32)
-    assert f"trainable parameters {trained:,}, frozen {frozen:,}; weights {4 * (trained + frozen):,} B, gradients {4 * trained:,} B" in text
+    assert f"trainable parameters {trained:,}, frozen {frozen:,}; weights {4 * (trained + frozen):,} B" in text
+    assert f"gradients {4 * trained:,} B" in text
     assert "frozen parameters unchanged, bit by bit" in text
 
 
-@pytest.mark.parametrize("options, message", [
-    (["anchor=/nowhere"], "/nowhere"),
-    (["expert.name=public"], "public"),
-    (["expert.name=../x"], "../x"),
-    (["expert.name="], "name"),
-    (["expert.domain_vector=/nowhere.npz"], "/nowhere.npz"),
-    (["expert.ffn_hidden_size=64"], "expert.ffn_hidden_size = 64: expected 1 to the anchor's 48"),
-    (["data.seq_length=64"], "data.seq_length = 64: expected at most model.max_position_embeddings = 32"),
-    (["data.train=[/nowhere]"], "/nowhere"),
-    (["global_batch_size=3"], "global_batch_size = 3: expected a multiple of micro_batch_size = 2 times the 1 data-parallel processes"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["anchor=/nowhere"], "/nowhere"),
+        (["expert.name=public"], "public"),
+        (["expert.name=../x"], "../x"),
+        (["expert.name="], "name"),
+        (["expert.domain_vector=/nowhere.npz"], "/nowhere.npz"),
+        (["expert.ffn_hidden_size=64"], "expert.ffn_hidden_size = 64: expected 1 to the anchor's 48"),
+        (["data.seq_length=64"], "data.seq_length = 64: expected at most model.max_position_embeddings = 32"),
+        (["data.train=[/nowhere]"], "/nowhere"),
+        (
+            ["global_batch_size=3"],
+            "global_batch_size = 3: expected a multiple of micro_batch_size = 2 times the 1 data-parallel processes",
+        ),
+    ],
+)
 def test_bad_input(expert_options, tmp_path, capsys, options, message):
     assert main(expert_options(tmp_path / "run", *options)) == 2
     error = capsys.readouterr().err
@@ -159,8 +177,19 @@ def test_an_unpublished_anchor_is_refused(world, expert_options, tmp_path, capsy
 
 def test_a_vector_of_another_anchor_is_refused(world, expert_options, tmp_path, capsys):
     other = tmp_path / "other"
-    small = [o for o in expert_options(other)[2:] if o.split("=")[0] not in ("anchor", "expert.name", "expert.domain_vector", "data.train")]
-    sizes = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=4", "model.max_position_embeddings=32", "model.vocab_size=264"]
+    small = [
+        o
+        for o in expert_options(other)[2:]
+        if o.split("=")[0] not in ("anchor", "expert.name", "expert.domain_vector", "data.train")
+    ]
+    sizes = [
+        "model.num_layers=2",
+        "model.hidden_size=32",
+        "model.ffn_hidden_size=48",
+        "model.num_attention_heads=4",
+        "model.max_position_embeddings=32",
+        "model.vocab_size=264",
+    ]
     assert main(["train", "anchor", *sizes, *small, f"data.train=[{world}/public]", "seed=7"]) == 0
     assert main(["embed", f"{world}/own.jsonl", "--anchor", f"{other}", "--out", f"{tmp_path}/other.npz"]) == 0
     assert main(expert_options(tmp_path / "run", f"expert.domain_vector={tmp_path}/other.npz")) == 2

@@ -22,7 +22,12 @@ def test_the_share_of_public_samples(world, expert_options, tmp_path):
     blend = loop._blend(config)
     assert blend == [0.75, f"{world}/own", 0.25, f"{world}/public"]
     data = build_datasets(
-        train=blend, train_samples=400, sequence_length=32, seed=1, tokenizer=load_tokenizer({"type": "byte"}), vocab_size=264,
+        train=blend,
+        train_samples=400,
+        sequence_length=32,
+        seed=1,
+        tokenizer=load_tokenizer({"type": "byte"}),
+        vocab_size=264,
         cache_dir=tmp_path / "cache",
     )
     identifiers = torch.cat([batch["dataset_id"] for batch in batches(data.train, micro_batch_size=4)])[:400]
@@ -56,7 +61,9 @@ def test_the_domain_loss_reaches_the_row_and_the_bias_alone(world):
     pair = replace(anchor, num_experts=2, top_k=2, router_bias=True)
     assert ModelCard("pair", pair, [ExpertRecord("public"), ExpertRecord("own")]).kind == "pair"
     torch.manual_seed(0)
-    router = build_model(pair, "pair", transformer_config(pair, "pair", domain_loss_coeff=0.5)).decoder.layers[0].mlp.router
+    router = (
+        build_model(pair, "pair", transformer_config(pair, "pair", domain_loss_coeff=0.5)).decoder.layers[0].mlp.router
+    )
     router.set_layer_number(1)
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # what the schedule does for a run with one microbatch
     with torch.no_grad():
@@ -76,14 +83,22 @@ def test_the_domain_loss_reaches_the_row_and_the_bias_alone(world):
     # By hand: d/d row of coeff * mean(cross-entropy) = coeff * mean((p - own) * x), p the owner's share of a pair.
     logit = (hidden @ (router.row - router.public_row).T).detach()
     error = (torch.sigmoid(logit) - torch.tensor([1.0, 0.0])[None, :, None]) / logit.numel()
-    torch.testing.assert_close(gradients[False][1] - gradients[True][1], 0.5 * (error * hidden).sum((0, 1))[None], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        gradients[False][1] - gradients[True][1], 0.5 * (error * hidden).sum((0, 1))[None], rtol=1e-4, atol=1e-6
+    )
     assert not torch.equal(gradients[False][2], gradients[True][2])
 
 
-@pytest.mark.parametrize("options, message", [
-    (["data.public_share=0.5"], "data.public_share = 0.5 with 0 entries in data.public: expected both or neither"),
-    (["expert.domain_loss_coeff=1"], "expert.domain_loss_coeff = 1.0: expected 0 or more, and data.public where it is above 0"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["data.public_share=0.5"], "data.public_share = 0.5 with 0 entries in data.public: expected both or neither"),
+        (
+            ["expert.domain_loss_coeff=1"],
+            "expert.domain_loss_coeff = 1.0: expected 0 or more, and data.public where it is above 0",
+        ),
+    ],
+)
 def test_bad_input(expert_options, tmp_path, capsys, options, message):
     assert main(expert_options(tmp_path / "run", *options)) == 2
     assert message in capsys.readouterr().err

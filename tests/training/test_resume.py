@@ -22,9 +22,16 @@ def essence(rows):
     return [{name: row[name] for name in COMPARED if name in row} for row in rows]
 
 
-@pytest.mark.parametrize("options", [
-    ["optimizer.router_lr=1e-2"], ["optimizer.use_distributed_optimizer=true"], ["bf16=true"], ["optimizer.lr_decay_style=WSD", "optimizer.lr_wsd_decay_iters=3"],
-], ids=["fp32, two learning rates", "distributed optimizer", "bf16", "WSD"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["optimizer.router_lr=1e-2"],
+        ["optimizer.use_distributed_optimizer=true"],
+        ["bf16=true"],
+        ["optimizer.lr_decay_style=WSD", "optimizer.lr_wsd_decay_iters=3"],
+    ],
+    ids=["fp32, two learning rates", "distributed optimizer", "bf16", "WSD"],
+)
 def test_resumed_equals_unbroken(expert_options, metrics, tmp_path, options):
     options = [*options, "eval_interval=3", "optimizer.lr_warmup_iters=2"]
     assert main(expert_options(tmp_path / "unbroken", *options)) == 0
@@ -39,7 +46,10 @@ def test_resumed_equals_unbroken(expert_options, metrics, tmp_path, options):
 
 def test_a_kept_number_of_checkpoints(expert_options, tmp_path):
     assert main(expert_options(tmp_path / "run", "save_interval=1", "keep=2")) == 0
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_00000005", "step_00000006"]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step_00000005",
+        "step_00000006",
+    ]
 
 
 def test_a_finished_run_says_so(expert_options, tmp_path, capsys):
@@ -98,8 +108,12 @@ def test_a_full_disk_keeps_the_last_checkpoint(expert_options, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     result = subprocess.run(
-        _command(expert_options(tmp_path / "run", "stop_after=2")), preexec_fn=limit_files, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+        _command(expert_options(tmp_path / "run", "stop_after=2")),
+        preexec_fn=limit_files,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
     )
     assert result.returncode == 2, result.stderr
     assert "step_00000004" in result.stderr and "intact" in result.stderr
