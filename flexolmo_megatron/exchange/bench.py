@@ -2,8 +2,8 @@
 
 For each case an anchor and packages of random numbers are made in a scratch directory. Then, in turn, all their files
 are copied with ``shutil.copyfile``, and they are merged (verification and hashing included) in a process of its own;
-both are timed up to and including fsync. The files were just written or read, so they are mostly in the page cache,
-which favours the copy: where the disk has to be read, hashing hides behind it.
+both are timed up to and including fsync. Cold rounds drop the files from the page cache before each of the two, as it
+is with models larger than memory; warm rounds find them there.
 """
 
 import json
@@ -41,7 +41,7 @@ class Case:
     num_packages: int
     hidden_size: int = 2048
     ffn_hidden_size: int = 5504
-    vocab_size: int = 32768
+    vocab_size: int = 8192
 
     def config(self, num_experts: int) -> ModelConfig:
         return ModelConfig(num_layers=self.num_layers, hidden_size=self.hidden_size, vocab_size=self.vocab_size,
@@ -50,7 +50,8 @@ class Case:
 
 
 CASES = (Case(num_layers=4, num_packages=2), Case(num_layers=8, num_packages=6))
-"""About 1.3 and 4.6 GB: the second has twice the layers and more than twice the experts of the first."""
+"""About 1 and 4.1 GB: the second has twice the layers and more than twice the experts. An anchor is 1.7 times the size
+of a package, as at 7 B parameters."""
 
 
 @dataclass
@@ -62,6 +63,8 @@ class Timing:
     """Of the merged model's tensors, which are those of the anchor and the packages."""
     largest_tensor: int
     """In bytes."""
+    cold: bool
+    """Whether the files had to be read from disk."""
     copy_seconds: list[float] = field(default_factory=list)
     merge_seconds: list[float] = field(default_factory=list)
     peak_rss: list[int] = field(default_factory=list)
@@ -74,13 +77,14 @@ class Timing:
 
 
 def bench_merge(scratch: str | os.PathLike | None = None, *, cases: tuple[Case, ...] = CASES, rounds: int = 3,
-                format: str = "megatron", report: Callable[[str], object] = print) -> list[Timing]:
+                format: str = "megatron", cold: bool = True, report: Callable[[str], object] = print) -> list[Timing]:
     """Measure each case in ``scratch`` and leave nothing there.
 
     Args:
         scratch: existing folder on the disk to measure; the system's temporary folder by default.
         rounds: how often each case is copied and merged, in turn.
         format: of the merged model, "megatron" or "hf".
+        cold: drop the files from the page cache before each measurement.
         report: called with a line after each step.
 
     Raises:
@@ -91,26 +95,27 @@ def bench_merge(scratch: str | os.PathLike | None = None, *, cases: tuple[Case, 
     results = []
     for case in cases:
         with tempfile.TemporaryDirectory(prefix="flexolmo_bench_", dir=scratch) as folder:
-            results.append(_measure(case, Path(folder), rounds, format, report))
+            results.append(_measure(case, Path(folder), rounds, format, cold, report))
     return results
 
 
 def render(timings: list[Timing]) -> Table:
     """Return the measurements as a table for a rich console."""
     table = Table(title="merging against copying the same bytes, fsync included; medians")
-    for column in ("layers", "experts", "GB", "copy s", "merge s", "merge/copy speed", "peak MiB",
+    for column in ("layers", "experts", "GB", "page cache", "copy s", "merge s", "merge/copy speed", "peak MiB",
                    "above largest tensor MiB"):
         table.add_column(column, justify="right")
     for timing in timings:
         copying, merging = statistics.median(timing.copy_seconds), statistics.median(timing.merge_seconds)
         table.add_row(str(timing.case.num_layers), str(timing.case.num_packages + 1), f"{timing.num_bytes / 1e9:.2f}",
-                      f"{copying:.2f}", f"{merging:.2f}", f"{timing.relative_speed:.2f}",
+                      "cold" if timing.cold else "warm", f"{copying:.2f}", f"{merging:.2f}", f"{timing.relative_speed:.2f}",
                       f"{max(timing.peak_rss) / 2**20:,.0f}",
                       f"{(max(timing.peak_rss) - timing.largest_tensor) / 2**20:,.0f}")
     return table
 
 
-def _measure(case: Case, folder: Path, rounds: int, format: str, report: Callable[[str], object]) -> Timing:
+def _measure(case: Case, folder: Path, rounds: int, format: str, cold: bool,
+             report: Callable[[str], object]) -> Timing:
     anchor = _random_model(ModelCard("moe", case.config(1), [ExpertRecord(PUBLIC)]))
     pair = _random_model(ModelCard("pair", case.config(2), [ExpertRecord(PUBLIC), ExpertRecord("expert")]))
     num_bytes = total_bytes(anchor) + case.num_packages * total_bytes(pair)
@@ -125,9 +130,11 @@ def _measure(case: Case, folder: Path, rounds: int, format: str, report: Callabl
     for number, package in enumerate(inputs[1:]):
         pack(pair, digest, package, name=f"expert_{number}")
     largest = max(torch.Size(tensor.shape).numel() * tensor.dtype.itemsize for tensor in anchor.tensors.values())
-    timing = Timing(case, num_bytes, largest)
+    timing = Timing(case, num_bytes, largest, cold)
     for number in range(rounds):
+        _prepare(inputs, cold)
         timing.copy_seconds.append(_timed_copy(inputs, folder / "copy"))
+        _prepare(inputs, cold)
         seconds, peak = _timed_merge(inputs, folder / "merged", format)
         timing.merge_seconds.append(seconds)
         timing.peak_rss.append(peak)
@@ -146,9 +153,16 @@ def _random_model(card: ModelCard) -> LazyModel:
                             for name, shape in shapes.items()})
 
 
+def _prepare(inputs: list[Path], cold: bool) -> None:
+    os.sync()  # what was written before must not be waited for in a measurement
+    if cold and hasattr(os, "posix_fadvise"):
+        for file in (file for folder in inputs for file in folder.iterdir()):
+            with open(file, "rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _timed_copy(inputs: list[Path], out: Path) -> float:
     out.mkdir()
-    os.sync()  # what was written before must not be waited for here
     start = time.perf_counter()
     for number, source in enumerate(inputs):
         for file in source.iterdir():
@@ -162,7 +176,6 @@ def _timed_copy(inputs: list[Path], out: Path) -> float:
 
 
 def _timed_merge(inputs: list[Path], out: Path, format: str) -> tuple[float, int]:
-    os.sync()
     command = [sys.executable, "-m", __name__, format, str(out), *map(str, inputs)]
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if child.returncode:

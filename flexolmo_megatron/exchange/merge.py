@@ -28,8 +28,10 @@ from flexolmo_megatron.exchange.digest import BackgroundDigest
 from flexolmo_megatron.exchange.hash_pool import HashPool
 from flexolmo_megatron.exchange.package import PROJECTIONS, Package, open_package
 from flexolmo_megatron.exchange.progress import Progress, no_progress
+from flexolmo_megatron.exchange.read_ahead import ReadAhead
 from flexolmo_megatron.exchange.verify import AnchorReference, VerifiedPackage, anchor_of, check_fits, without_bias
 from flexolmo_megatron.files import atomic_directory
+from flexolmo_megatron.streaming import recycling
 
 DEFAULT_TOP_K = 4
 """Quality plateaus at 4 active experts (arXiv 2507.07024, section 5)."""
@@ -142,17 +144,17 @@ def write_merged(base: LazyModel, packages: Sequence[str | os.PathLike], out: st
         FlexOlmoError: a package is refused, or ``out`` exists or cannot be written.
     """
     out = Path(out)
-    with _one_torch_thread(), HashPool() as pool:
+    with _one_torch_thread(), recycling(), HashPool() as pool:
         opened = [open_package(path, pool) for path in packages]
         merged = compose(base, opened, top_k=top_k)
-        with atomic_directory(out) as staging, _anchor_check(base, opened) as check_anchor, \
-                progress(total_bytes(merged)) as add:
+        with (atomic_directory(out) as staging, _anchor_check(base, opened) as check_anchor,
+              progress(total_bytes(merged)) as add, ReadAhead(merged) as read_ahead):
 
             def after_read(count: int) -> None:
                 check_anchor(False)  # rather now than after the rest has been written
                 add(count)
 
-            _save(watch(merged, after_read), staging, out, format, drop_bias)
+            _save(watch(read_ahead, after_read), staging, out, format, drop_bias)
             for package in opened:
                 package.check_contents()
             check_anchor(True)

@@ -33,6 +33,7 @@ from flexolmo_megatron.exchange.manifest import (
 from flexolmo_megatron.exchange.safe_open import open_directory, open_regular, read_start
 from flexolmo_megatron.exchange.tensor_file import TensorFile
 from flexolmo_megatron.files import atomic_directory, write_json
+from flexolmo_megatron.streaming import streaming_file
 
 WHAT = f"an expert package, which holds {MANIFEST_FILE} and {TENSOR_FILE} and nothing else"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -172,7 +173,7 @@ def pack(pair: LazyModel, anchor_digest: str | None, out: str | os.PathLike, *, 
         router=_only(ROUTER_FIELDS, card.experts[1].router), training=training,
     )
     with atomic_directory(out) as folder:
-        with open(folder / TENSOR_FILE, "wb") as file:
+        with streaming_file(folder / TENSOR_FILE) as file:
             write_tensors(file, tensors)
         # Hash what is on disk, through the reader that every coordinator will use.
         directory = os.open(folder, os.O_RDONLY)

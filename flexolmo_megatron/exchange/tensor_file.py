@@ -22,6 +22,7 @@ from flexolmo_megatron.convert.safetensors_io import TensorInfo, as_bytes, read_
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.hash_pool import HashPool
 from flexolmo_megatron.exchange.safe_open import looks_pickled
+from flexolmo_megatron.streaming import memory
 
 MAX_HEADER_BYTES = 4 * 1024 * 1024
 """Enough for more than 5,000 layers."""
@@ -111,7 +112,7 @@ class TensorFile:
         return FlexOlmoError(f"{self.where} was changed while it was being used; nothing of it can be trusted")
 
     def _read(self, offset: int, length: int) -> torch.Tensor:
-        data = torch.empty(length, dtype=torch.uint8) if self._pool is None else self._pool.empty(length)
+        data = memory(length)
         read_exactly(self._descriptor, offset, data, Path(self.where))
         return data
 

@@ -59,17 +59,3 @@ def test_descriptor_is_closed_with_the_file(path):
     tensors.clear()
     with pytest.raises(OSError):
         os.fstat(descriptor)
-
-
-def test_memory_is_used_again_only_when_nothing_refers_to_it():
-    with HashPool() as pool:
-        first = pool.empty(2**20)
-        view, address = first.view(torch.bfloat16).reshape(2, -1), first.data_ptr()
-        view.fill_(1)
-        del first
-        second = pool.empty(2**20)
-        assert second.data_ptr() != address
-        second.zero_()
-        assert (view == 1).all()
-        del view
-        assert pool.empty(2**20).data_ptr() == address
