@@ -4,13 +4,12 @@
 
 writes OUT_DIR/NAME/train.jsonl and OUT_DIR/NAME/valid.jsonl, one {"text": ...} per line, for
 
-    public      half prose: documentation, readme files and licences of the standard library and the installed packages;
-                half C headers, settings, tables and web pages of the installed packages, for like the web it should
-                have
-                seen a bit of everything
+    public      two thirds prose: documentation, readme files and licences of the standard library and the installed
+                packages; one third settings, tables and web pages of the installed packages, since public text should
+                have a bit of everything
     code        an owner's source code: the standard library's, without its documentation strings
     arithmetic  an owner's worksheets: generated problems with worked answers
-    clinic      an owner's discharge notes: generated, of a fictional hospital
+    clinic      an owner's discharge notes: generated, in Russian, of a fictional hospital
 
 The same seed on the same installation gives the same files. No document is in two files; documentation is in public
 alone and source code in code alone.
@@ -37,8 +36,10 @@ from flexolmo_megatron.files import atomic_file
 TRAIN_BYTES = {"public": 2_500_000, "code": 2_000_000, "arithmetic": 2_000_000, "clinic": 2_000_000}
 VALID_BYTES = 80_000
 PUBLIC_SHARES = {
-    (".h", ".hpp"): 0.2, (".yaml", ".toml", ".cmake"): 0.08, (".json",): 0.08, (".csv", ".afm"): 0.08,
-    (".js", ".css", ".html"): 0.06,
+    (".yaml", ".toml", ".cmake"): 0.09,
+    (".json",): 0.08,
+    (".csv", ".afm"): 0.08,
+    (".js", ".css", ".html"): 0.08,
 }
 """What is not prose in the public corpus, by the kind of file; as far as there is so much of it."""
 PIECES_OF_A_FILE = 4

@@ -23,7 +23,7 @@ OWNERS = ("code", "arithmetic", "clinic")
 PROMPTS = {
     "code": "def read_lines(path):\n",
     "arithmetic": "Problem 1: Noor buys 9 bricks for 10 cents each",
-    "clinic": "DISCHARGE NOTE  Ward: Rowan  Pt no: 123456\n",
+    "clinic": "ВЫПИСНОЙ ЭПИКРИЗ. Отделение: терапевтическое. Карта № 1234\n",
 }
 OWNER_OPTIONS = (
     "data.public_share=0.4",
@@ -262,14 +262,14 @@ def main() -> None:
     parser.add_argument(
         "--anchor-iters",
         type=int,
-        default=1000,
+        default=800,
         metavar="STEPS",
         help="of the anchor, 4,096 tokens each (default: %(default)s)",
     )
     parser.add_argument(
         "--expert-iters",
         type=int,
-        default=400,
+        default=250,
         metavar="STEPS",
         help="of each expert, 4,096 tokens each (default: %(default)s)",
     )

@@ -20,7 +20,7 @@ import torch
 
 from flexolmo_megatron.config.card import ExpertRecord, ModelCard
 from flexolmo_megatron.config.model import ModelConfig
-from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
+from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor, padded
 from flexolmo_megatron.convert.model import exclude_experts, save_model, total_bytes, watch
 from flexolmo_megatron.convert.names import expected_tensors
 from flexolmo_megatron.errors import FlexOlmoError
@@ -74,7 +74,7 @@ def compose(base: LazyModel, packages: Sequence[Package], *, top_k: int | None =
             for projection in PROJECTIONS:
                 shape = base.tensors[f"{prefix}experts.0.{projection}.weight"].shape
                 part = package.tensors[f"layers.{layer}.{projection}"]
-                tensors[f"{prefix}experts.{number}.{projection}.weight"] = _padded(part, shape)
+                tensors[f"{prefix}experts.{number}.{projection}.weight"] = padded(part, shape)
         rows = [package.tensors[f"layers.{layer}.router"] for package in packages]
         tensors[prefix + "gate.weight"] = _appended(base.tensors[prefix + "gate.weight"], rows)
         if has_bias:
@@ -218,19 +218,6 @@ def _default_top_k(config: ModelConfig, count: int) -> int:
 def _record(package: Package) -> ExpertRecord:
     m = package.manifest
     return ExpertRecord(m.name, m.sha256, owner=m.owner, licence=m.licence, contact=m.contact, router=m.router)
-
-
-def _padded(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
-    """Extend with zeros to ``shape``."""
-    if tensor.shape == shape:
-        return tensor
-
-    def read() -> torch.Tensor:
-        result = torch.zeros(shape, dtype=tensor.dtype)
-        result[tuple(slice(size) for size in tensor.shape)] = tensor.read()
-        return result
-
-    return LazyTensor(tensor.dtype, shape, read)
 
 
 def _appended(rows: LazyTensor, added: Sequence[LazyTensor]) -> LazyTensor:

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import torch
 
 from flexolmo_megatron.config.model import ModelConfig
-from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
+from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor, padded
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.convert.names import expected_tensors
 from flexolmo_megatron.errors import FlexOlmoError
@@ -48,19 +48,6 @@ def _joined(first: LazyTensor, second: LazyTensor) -> LazyTensor:
                       lambda: torch.cat([first.read().to(dtype), second.read().to(dtype)]))
 
 
-def _widened(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
-    """Extend with zeros: an inner unit of zeros adds exactly 0 to the output."""
-    if tensor.shape == shape:
-        return tensor
-
-    def read() -> torch.Tensor:
-        result = torch.zeros(shape, dtype=tensor.dtype)
-        result[tuple(slice(size) for size in tensor.shape)] = tensor.read()
-        return result
-
-    return LazyTensor(tensor.dtype, shape, read)
-
-
 def couple(anchor: LazyModel, pair: LazyModel) -> LazyModel:
     """Compose the merged model of one owner, kind moe, two experts that are both active.
 
@@ -77,6 +64,6 @@ def couple(anchor: LazyModel, pair: LazyModel) -> LazyModel:
         elif name.endswith(".mlp.gate.bias"):
             tensors[name] = _joined(LazyTensor(torch.float32, (1,), lambda: torch.zeros(1)), tensor)
         else:
-            tensors[name] = _widened(tensor, anchor.tensors[name.replace(".experts.1.", ".experts.0.")].shape)
+            tensors[name] = padded(tensor, anchor.tensors[name.replace(".experts.1.", ".experts.0.")].shape)
     card = replace(pair.card, kind="moe", model=config, anchor_path=None)
     return LazyModel(card, {name: tensors[name] for name in expected_tensors(config, "moe")})
