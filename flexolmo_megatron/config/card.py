@@ -56,6 +56,8 @@ class ModelCard:
     """Digest of the anchor that a pair or merged model belongs to; None where unknown."""
     anchor_path: str | None = None
     """Where the anchor was when a pair was trained; absolute. Only for a pair."""
+    anchor_dtype: str | None = None
+    """Type of that anchor's tensors, as "bfloat16": what a package is written in, whatever the run computed in."""
     training: dict[str, Any] = field(default_factory=dict)
     """Summary of the run: tokens, steps, lr, seed."""
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
 from flexolmo_megatron.convert.model import watch
 from flexolmo_megatron.convert.safetensors_io import write_tensors
@@ -189,21 +191,27 @@ def pack(pair: LazyModel, anchor_digest: str | None, out: str | os.PathLike, *, 
 
 
 def _package_tensors(pair: LazyModel) -> dict[str, LazyTensor]:
-    """Return the pair's tensors under their names in a package, in the order in which a merge reads them."""
+    """Return the pair's tensors under their names in a package, in the order in which a merge reads them.
+
+    A run may have computed in another type than the anchor's; what it hands over has the anchor's, and biases are fp32.
+    """
     routers, weights = {}, {}
+    dtype = getattr(torch, pair.card.anchor_dtype) if pair.card.anchor_dtype else None
     for layer in range(pair.card.model.num_layers):
         prefix = f"model.layers.{layer}.mlp."
         row = pair.tensors[prefix + "gate.weight"]
-        routers[f"layers.{layer}.router"] = _reshaped(row, row.shape[1:])
+        routers[f"layers.{layer}.router"] = _converted(row, dtype, row.shape[1:])
         if prefix + "gate.bias" in pair.tensors:
-            routers[f"layers.{layer}.bias"] = _reshaped(pair.tensors[prefix + "gate.bias"], ())
+            routers[f"layers.{layer}.bias"] = _converted(pair.tensors[prefix + "gate.bias"], torch.float32, ())
         for projection in PROJECTIONS:
-            weights[f"layers.{layer}.{projection}"] = pair.tensors[f"{prefix}experts.1.{projection}.weight"]
+            weight = pair.tensors[f"{prefix}experts.1.{projection}.weight"]
+            weights[f"layers.{layer}.{projection}"] = _converted(weight, dtype, weight.shape)
     return routers | weights
 
 
-def _reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
-    return replace(tensor, shape=shape, read=lambda: tensor.read().reshape(shape))
+def _converted(tensor: LazyTensor, dtype: torch.dtype | None, shape: tuple[int, ...]) -> LazyTensor:
+    dtype = dtype or tensor.dtype
+    return LazyTensor(dtype, shape, lambda: tensor.read().to(dtype).reshape(shape))
 
 
 def _only(known: dict[str, type], values: dict) -> dict:

@@ -112,6 +112,7 @@ def _start_expert(config: TrainConfig) -> Start:
         tokenizer=anchor.card.tokenizer,
         anchor_digest=model_digest(anchor),
         anchor_path=config.anchor,
+        anchor_dtype=_dtype_name(anchor),
     )
     _check_sequence(config, card.model)
     if not config.expert.coordination:
@@ -131,6 +132,10 @@ def _start_expert(config: TrainConfig) -> Start:
             router.row.copy_(rows[layer.layer_number - 1 if len(rows) > 1 else 0])
     freeze_anchor(model)
     return Start(card, [_wrap(config, model)])
+
+
+def _dtype_name(model: LazyModel) -> str:
+    return str(model.tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
 
 
 def _first_rows(config: TrainConfig, anchor: LazyModel) -> tuple[torch.Tensor, dict]:
@@ -161,7 +166,7 @@ def _start_uncoordinated(config: TrainConfig, anchor: LazyModel, card: ModelCard
     if config.expert.ffn_hidden_size is not None:
         raise FlexOlmoError("expert.ffn_hidden_size: without coordination the expert has the anchor's width")
     dense = as_dense(anchor)
-    card = ModelCard("dense", dense.card.model, tokenizer=card.tokenizer, anchor_digest=card.anchor_digest)
+    card = replace(card, kind="dense", model=dense.card.model, experts=[], anchor_path=None)
     model = _build(config, dense.card.model, "dense")
     load_weights(model, dense)
     return Start(card, [_wrap(config, model)])
