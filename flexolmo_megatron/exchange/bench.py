@@ -1,8 +1,8 @@
 """``flexolmo bench merge``: merging against a plain copy of the same bytes, and its peak memory.
 
 For each case an anchor and packages of random numbers are made in a scratch directory. Then, in turn, all their files
-are copied with ``shutil.copyfile``, and they are merged (verification and hashing included) in a process of its own;
-both are timed up to and including fsync. Cold rounds drop the files from the page cache before each of the two, as it
+are copied with ``shutil.copyfile``, and they are merged (verification and hashing included). Each runs in a process of
+its own and is timed, without the start of the process, up to and including fsync. Cold rounds drop the files from the page cache before each of the two, as it
 is with models larger than memory; warm rounds find them there.
 """
 
@@ -108,8 +108,8 @@ def render(timings: list[Timing]) -> Table:
     for timing in timings:
         copying, merging = statistics.median(timing.copy_seconds), statistics.median(timing.merge_seconds)
         table.add_row(str(timing.case.num_layers), str(timing.case.num_packages + 1), f"{timing.num_bytes / 1e9:.2f}",
-                      "cold" if timing.cold else "warm", f"{copying:.2f}", f"{merging:.2f}", f"{timing.relative_speed:.2f}",
-                      f"{max(timing.peak_rss) / 2**20:,.0f}",
+                      "cold" if timing.cold else "warm", f"{copying:.2f}", f"{merging:.2f}",
+                      f"{timing.relative_speed:.2f}", f"{max(timing.peak_rss) / 2**20:,.0f}",
                       f"{(max(timing.peak_rss) - timing.largest_tensor) / 2**20:,.0f}")
     return table
 
@@ -133,9 +133,9 @@ def _measure(case: Case, folder: Path, rounds: int, format: str, cold: bool,
     timing = Timing(case, num_bytes, largest, cold)
     for number in range(rounds):
         _prepare(inputs, cold)
-        timing.copy_seconds.append(_timed_copy(inputs, folder / "copy"))
+        timing.copy_seconds.append(_in_child(inputs, folder / "copy", "copy")[0])
         _prepare(inputs, cold)
-        seconds, peak = _timed_merge(inputs, folder / "merged", format)
+        seconds, peak = _in_child(inputs, folder / "merged", format)
         timing.merge_seconds.append(seconds)
         timing.peak_rss.append(peak)
         report(f"round {number + 1}: copy {timing.copy_seconds[-1]:.2f} s, merge {seconds:.2f} s, "
@@ -161,28 +161,25 @@ def _prepare(inputs: list[Path], cold: bool) -> None:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _timed_copy(inputs: list[Path], out: Path) -> float:
+def _in_child(inputs: list[Path], out: Path, method: str) -> tuple[float, int]:
+    """Copy or merge in a new process, so that both meet the same state of memory; return seconds and peak memory."""
+    command = [sys.executable, "-m", __name__, method, str(out), *map(str, inputs)]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if child.returncode:
+        raise FlexOlmoError(f"the measured process ended with status {child.returncode}; see its message above")
+    result = json.loads(child.stdout)
+    shutil.rmtree(out)
+    return result["seconds"], result["peak_rss"]
+
+
+def _copy(inputs: list[str], out: Path) -> None:
     out.mkdir()
-    start = time.perf_counter()
     for number, source in enumerate(inputs):
-        for file in source.iterdir():
+        for file in Path(source).iterdir():
             target = out / f"{number}_{file.name}"
             shutil.copyfile(file, target)
             fsync_path(target)
     fsync_path(out)
-    seconds = time.perf_counter() - start
-    shutil.rmtree(out)
-    return seconds
-
-
-def _timed_merge(inputs: list[Path], out: Path, format: str) -> tuple[float, int]:
-    command = [sys.executable, "-m", __name__, format, str(out), *map(str, inputs)]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if child.returncode:
-        raise FlexOlmoError(f"the merging process ended with status {child.returncode}; see its message above")
-    result = json.loads(child.stdout)
-    shutil.rmtree(out)
-    return result["seconds"], result["peak_rss"]
 
 
 def _peak_rss() -> int:
@@ -197,11 +194,14 @@ def _peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _merge_here(format: str, out: str, anchor: str, *packages: str) -> None:
+def _run_child(method: str, out: str, *inputs: str) -> None:
     start = time.perf_counter()
-    write_merged(open_model(anchor), packages, out, format=format)
+    if method == "copy":
+        _copy(list(inputs), Path(out))
+    else:
+        write_merged(open_model(inputs[0]), inputs[1:], out, format=method)
     print(json.dumps({"seconds": time.perf_counter() - start, "peak_rss": _peak_rss()}))
 
 
 if __name__ == "__main__":
-    _merge_here(*sys.argv[1:])
+    _run_child(*sys.argv[1:])

@@ -44,11 +44,11 @@ class DomainRouter(TopKRouter):
     def __init__(self, config: FlexOlmoTransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         if config.router_bias:
-            self.bias = self._new_bias(self.num_experts)
+            self.bias = self._new_bias(self.num_experts, self.weight.device)
 
-    def _new_bias(self, size: int) -> nn.Parameter:
-        # In fp32 whatever the model's type: bf16 would lose the small steps of a value near 0.
-        bias = nn.Parameter(torch.zeros(size, dtype=torch.float32, device=self.weight.device))
+    def _new_bias(self, size: int, device: torch.device) -> nn.Parameter:
+        # fp32 also beside bf16 weights; in a bf16 run Float16Module casts it, and the optimizer's copy stays fp32.
+        bias = nn.Parameter(torch.zeros(size, dtype=torch.float32, device=device))
         bias.sequence_parallel = self.config.sequence_parallel
         return bias
 
@@ -99,9 +99,7 @@ class PairRouter(DomainRouter):
             # Upstream's z-loss is divided over the ranks that share a sequence; here each of them sees all of it.
             self.tp_cp_group = self.cp_group
         if config.router_bias:
-            device = rows.device
-            self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device))
-            self.bias.sequence_parallel = config.sequence_parallel
+            self.bias = self._new_bias(1, rows.device)
 
     def gating(self, input: Tensor) -> Tensor:
         """Map hidden states `[s, b, H]` to fp32 logits `[s, b, 2]`, the anchor's first."""
