@@ -19,7 +19,6 @@ setup(
         "packaging",
         "psutil>=5.9",  # dist_checkpointing hangs on save without it
         "pyarrow>=15",
-        "zstandard>=0.22",
         "tqdm>=4.66",
         "rich>=13",
         "matplotlib>=3.8",
@@ -31,7 +30,7 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.11,<3"],
         "nemo": ["nemo_toolkit==2.7.3", "transformers~=4.57.0"],
         "bridge": ["megatron-bridge==0.3.1", "transformers~=4.57.0"],
-        "dev": ["transformers>=4.57,<6", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.11"],
+        "dev": ["transformers>=4.57,<6", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.17,<0.18", "zstandard>=0.23"],
     },
     entry_points={"console_scripts": ["flexolmo=flexolmo_megatron.cli:main"]},
 )

@@ -1,0 +1,89 @@
+"""The command line as a whole: every verb explains itself, errors are one sentence, and imports stay light."""
+
+import subprocess
+import sys
+
+import pytest
+
+from flexolmo_megatron import cli
+
+VERBS = (
+    "data",
+    "train",
+    "embed",
+    "import",
+    "export",
+    "pack",
+    "verify",
+    "merge",
+    "inspect",
+    "generate",
+    "eval",
+    "plot",
+    "bench",
+)
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "flexolmo_megatron.cli", *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([verb, "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: flexolmo {verb}" in capsys.readouterr().out
+
+
+def test_all_verbs_are_listed(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n    {verb} " in text for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["merge", "--anchor", "/nowhere", "package", "--out", "/tmp/x"], "/nowhere does not exist"),
+        (["inspect", "/nowhere"], "/nowhere does not exist"),
+        (["generate", "/nowhere", "--prompt", "x"], "/nowhere does not exist"),
+        (["import", "/nowhere", "/tmp/x"], "/nowhere"),
+        (["data", "/nowhere.jsonl", "--out", "/tmp/x"], "/nowhere.jsonl"),
+        (["train", "expert", "--config", "/nowhere.yaml"], "/nowhere.yaml does not exist"),
+    ],
+)
+def test_missing_files_are_one_sentence(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("flexolmo: ") and "\n" not in error
+    assert message in error
+
+
+def test_exit_status_of_the_process():
+    result = run("inspect", "/nowhere")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr and result.stdout == ""
+
+
+def test_unknown_words_are_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["inspect", "a", "b"])
+    assert stopped.value.code == 2
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "anchor", "--presett", "tiny"])
+    assert stopped.value.code == 2
+
+
+def test_importing_the_package_and_asking_for_help_imports_nothing_heavy():
+    program = (
+        "import sys, flexolmo_megatron, flexolmo_megatron.cli as cli\n"
+        "cli.build_parser()\n"
+        "print([name for name in ('torch', 'megatron', 'transformers', 'nemo', 'transformer_engine', 'matplotlib') "
+        "if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == "[]", result.stderr
