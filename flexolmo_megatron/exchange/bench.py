@@ -2,8 +2,8 @@
 
 For each case an anchor and packages of random numbers are made in a scratch directory. Then, in turn, all their files
 are copied with ``shutil.copyfile``, and they are merged (verification and hashing included). Each runs in a process of
-its own and is timed, without the start of the process, up to and including fsync. Cold rounds drop the files from the page cache before each of the two, as it
-is with models larger than memory; warm rounds find them there.
+its own and is timed, without the start of the process, up to and including fsync. That is done with the files in the
+page cache (warm), and with them dropped from it before each measurement (cold), as with models larger than memory.
 """
 
 import json
@@ -71,20 +71,23 @@ class Timing:
     """Largest resident memory of the merging process, Python and torch included, in bytes."""
 
     @property
+    def cache(self) -> str:
+        return "cold" if self.cold else "warm"
+
+    @property
     def relative_speed(self) -> float:
         """Speed of merging over speed of copying, of the median rounds."""
         return statistics.median(self.copy_seconds) / statistics.median(self.merge_seconds)
 
 
 def bench_merge(scratch: str | os.PathLike | None = None, *, cases: tuple[Case, ...] = CASES, rounds: int = 3,
-                format: str = "megatron", cold: bool = True, report: Callable[[str], object] = print) -> list[Timing]:
-    """Measure each case in ``scratch`` and leave nothing there.
+                format: str = "megatron", report: Callable[[str], object] = print) -> list[Timing]:
+    """Measure each case, warm and cold, in ``scratch`` and leave nothing there.
 
     Args:
         scratch: existing folder on the disk to measure; the system's temporary folder by default.
         rounds: how often each case is copied and merged, in turn.
         format: of the merged model, "megatron" or "hf".
-        cold: drop the files from the page cache before each measurement.
         report: called with a line after each step.
 
     Raises:
@@ -95,7 +98,7 @@ def bench_merge(scratch: str | os.PathLike | None = None, *, cases: tuple[Case, 
     results = []
     for case in cases:
         with tempfile.TemporaryDirectory(prefix="flexolmo_bench_", dir=scratch) as folder:
-            results.append(_measure(case, Path(folder), rounds, format, cold, report))
+            results += _measure(case, Path(folder), rounds, format, report)
     return results
 
 
@@ -108,14 +111,13 @@ def render(timings: list[Timing]) -> Table:
     for timing in timings:
         copying, merging = statistics.median(timing.copy_seconds), statistics.median(timing.merge_seconds)
         table.add_row(str(timing.case.num_layers), str(timing.case.num_packages + 1), f"{timing.num_bytes / 1e9:.2f}",
-                      "cold" if timing.cold else "warm", f"{copying:.2f}", f"{merging:.2f}",
+                      timing.cache, f"{copying:.2f}", f"{merging:.2f}",
                       f"{timing.relative_speed:.2f}", f"{max(timing.peak_rss) / 2**20:,.0f}",
                       f"{(max(timing.peak_rss) - timing.largest_tensor) / 2**20:,.0f}")
     return table
 
 
-def _measure(case: Case, folder: Path, rounds: int, format: str, cold: bool,
-             report: Callable[[str], object]) -> Timing:
+def _measure(case: Case, folder: Path, rounds: int, format: str, report: Callable[[str], object]) -> list[Timing]:
     anchor = _random_model(ModelCard("moe", case.config(1), [ExpertRecord(PUBLIC)]))
     pair = _random_model(ModelCard("pair", case.config(2), [ExpertRecord(PUBLIC), ExpertRecord("expert")]))
     num_bytes = total_bytes(anchor) + case.num_packages * total_bytes(pair)
@@ -130,17 +132,19 @@ def _measure(case: Case, folder: Path, rounds: int, format: str, cold: bool,
     for number, package in enumerate(inputs[1:]):
         pack(pair, digest, package, name=f"expert_{number}")
     largest = max(torch.Size(tensor.shape).numel() * tensor.dtype.itemsize for tensor in anchor.tensors.values())
-    timing = Timing(case, num_bytes, largest, cold)
+    timings = [Timing(case, num_bytes, largest, cold) for cold in (False, True)]
     for number in range(rounds):
-        _prepare(inputs, cold)
-        timing.copy_seconds.append(_in_child(inputs, folder / "copy", "copy")[0])
-        _prepare(inputs, cold)
-        seconds, peak = _in_child(inputs, folder / "merged", format)
-        timing.merge_seconds.append(seconds)
-        timing.peak_rss.append(peak)
-        report(f"round {number + 1}: copy {timing.copy_seconds[-1]:.2f} s, merge {seconds:.2f} s, "
-               f"peak {peak / 2**20:,.0f} MiB")
-    return timing
+        for timing in timings:
+            _prepare(inputs, timing.cold)
+            copying, _ = _in_child(inputs, folder / "copy", "copy")
+            _prepare(inputs, timing.cold)
+            merging, peak = _in_child(inputs, folder / "merged", format)
+            timing.copy_seconds.append(copying)
+            timing.merge_seconds.append(merging)
+            timing.peak_rss.append(peak)
+            report(f"round {number + 1}, {timing.cache}: copy {copying:.2f} s, merge {merging:.2f} s, "
+                   f"peak {peak / 2**20:,.0f} MiB")
+    return timings
 
 
 def _random_model(card: ModelCard) -> LazyModel:

@@ -8,12 +8,14 @@ def test_measures_and_memory_does_not_grow(tmp_path):
     sizes = {"hidden_size": 512, "ffn_hidden_size": 1376, "vocab_size": 1024}
     lines = []
     cases = (Case(1, 1, **sizes), Case(6, 8, **sizes))
-    small, large = bench_merge(tmp_path, cases=cases, rounds=1, report=lines.append)
+    results = bench_merge(tmp_path, cases=cases, rounds=1, report=lines.append)
+    assert [timing.cache for timing in results] == ["warm", "cold"] * 2
+    small, _, large, _ = results
     assert large.num_bytes > 10 * small.num_bytes > 10 * small.largest_tensor
     assert large.peak_rss[0] < small.peak_rss[0] + 100 * 2**20
     assert large.peak_rss[0] < large.largest_tensor + 2**30
-    assert small.relative_speed > 0 and len(lines) == 4
-    assert render([small, large]).row_count == 2
+    assert small.relative_speed > 0 and len(lines) == 6
+    assert render(results).row_count == 4
     assert not list(tmp_path.iterdir())
 
 
