@@ -4,12 +4,11 @@
 
 writes OUT_DIR/NAME/train.jsonl and OUT_DIR/NAME/valid.jsonl, one {"text": ...} per line, for
 
-    public      two thirds prose: documentation, readme files and licences of the standard library and the installed
-                packages; one third settings, tables and web pages of the installed packages, since public text should
-                have a bit of everything
+    public      half prose: documentation, readme files and licences of the standard library and the installed packages;
+                half a bit of everything, as on the web: C headers, settings, tables, web pages, sums, work orders
     code        an owner's source code: the standard library's, without its documentation strings
     arithmetic  an owner's worksheets: generated problems with worked answers
-    clinic      an owner's discharge notes: generated, in Russian, of a fictional hospital
+    clinic      an owner's discharge notes: generated, of a fictional hospital
 
 The same seed on the same installation gives the same files. No document is in two files; documentation is in public
 alone and source code in code alone.
@@ -28,7 +27,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from generated import arithmetic_document, clinic_document
+from generated import arithmetic_document, clinic_document, sums, work_order
 
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import atomic_file
@@ -36,20 +35,34 @@ from flexolmo_megatron.files import atomic_file
 TRAIN_BYTES = {"public": 2_500_000, "code": 2_000_000, "arithmetic": 2_000_000, "clinic": 2_000_000}
 VALID_BYTES = 80_000
 PUBLIC_SHARES = {
-    (".yaml", ".toml", ".cmake"): 0.09,
-    (".json",): 0.08,
-    (".csv", ".afm"): 0.08,
-    (".js", ".css", ".html"): 0.08,
+    (".h", ".hpp"): 0.1,
+    (".yaml", ".toml", ".cmake"): 0.03,
+    (".json",): 0.03,
+    (".csv", ".afm"): 0.04,
+    (".js", ".css", ".html"): 0.04,
+    sums: 0.12,
+    work_order: 0.12,
 }
-"""What is not prose in the public corpus, by the kind of file; as far as there is so much of it."""
+"""What is not prose in the public corpus: files of the installed packages by their suffixes, as far as there is so much
+of them, and generated text. A router that has seen only prose beside its owner's text takes all other text for its
+own."""
 PIECES_OF_A_FILE = 4
 """So that no large file makes up a kind by itself."""
 SHORTEST, LONGEST = 300, 4000
 """Bytes of a document."""
 
 # Tables, tests, and what names the machine that Python was built on.
-_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3",
-             "_bundled"}
+_LEFT_OUT = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+    "lib2to3",
+    "_bundled",
+}
 _DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _COMMON = re.compile(r"\b(the|of|to|is|and|in|for|that|be|are|with|this|or|as|it)\b", re.IGNORECASE)
 # All of them, to pair the quotes rightly; only one that begins a line (group 1) is documentation.
@@ -60,8 +73,11 @@ _CODE = re.compile(r"[{}\[\]=<>_|\\#$@~^*%]|\(\)|::")
 
 def _standard_library() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in sorted(root.rglob("*.py"))
-             if not _LEFT_OUT & set(path.relative_to(root).parts) and not path.name.startswith("_sysconfigdata")]
+    files = [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if not _LEFT_OUT & set(path.relative_to(root).parts) and not path.name.startswith("_sysconfigdata")
+    ]
     if not files:
         raise FlexOlmoError(f"{root} holds no source files; expected those of a full Python installation")
     return files
@@ -98,15 +114,22 @@ def paragraphs(text: str) -> Iterator[str]:
         joined = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", joined)
         joined = re.sub(r"\s+", " ", joined.replace("`", "").replace("**", ""))
         words = joined.count(" ") + 1
-        if (len(joined) >= 80 and joined.isascii() and joined[0].isalpha() and joined[-1] in ".:!?)"
-                and len(_COMMON.findall(joined)) >= words / 8 and len(_CODE.findall(joined)) <= len(joined) / 80
-                and sum(char.isalpha() or char == " " for char in joined) >= 0.9 * len(joined)):
+        if (
+            len(joined) >= 80
+            and joined.isascii()
+            and joined[0].isalpha()
+            and joined[-1] in ".:!?)"
+            and len(_COMMON.findall(joined)) >= words / 8
+            and len(_CODE.findall(joined)) <= len(joined) / 80
+            and sum(char.isalpha() or char == " " for char in joined) >= 0.9 * len(joined)
+        ):
             yield joined.strip()
 
 
 def _prose_sources(r: random.Random) -> Iterator[str]:
     """Texts that hold prose, the best first: language reference, standard library, readme files, licences, packages."""
     from pydoc_data.topics import topics
+
     yield from (topics[name] for name in sorted(topics))
     for path in _standard_library():
         yield _documentation(path)
@@ -246,8 +269,9 @@ def build_corpora(out: Path, seed: int = 0) -> dict[str, dict[str, Path]]:
         if name == "public":
             wanted = size + 2 * VALID_BYTES
             documents = list(public_documents(int(wanted * (1 - sum(PUBLIC_SHARES.values()))), r))
-            for suffixes, share in PUBLIC_SHARES.items():
-                documents += structured_documents(suffixes, int(wanted * share), r)
+            for kind, share in PUBLIC_SHARES.items():
+                pieces = _endless(kind, r) if callable(kind) else structured_documents(kind, int(wanted * share), r)
+                documents += _take(pieces, int(wanted * share), set())
             r.shuffle(documents)
         elif name == "code":
             # Whole files on one side or the other, so that validation is not the rest of a training file.

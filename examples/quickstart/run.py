@@ -23,13 +23,13 @@ OWNERS = ("code", "arithmetic", "clinic")
 PROMPTS = {
     "code": "def read_lines(path):\n",
     "arithmetic": "Problem 1: Noor buys 9 bricks for 10 cents each",
-    "clinic": "ВЫПИСНОЙ ЭПИКРИЗ. Отделение: терапевтическое. Карта № 1234\n",
+    "clinic": "DISCHARGE NOTE  Ward: Rowan  Pt no: 123456\n",
 }
 OWNER_OPTIONS = (
-    "data.public_share=0.4",
-    "expert.domain_loss_coeff=0.1",
+    "data.public_share=0.5",
+    "expert.domain_loss_coeff=0.3",
     "optimizer.lr=3e-3",
-    "optimizer.router_lr=6e-3",
+    "optimizer.router_lr=1e-2",
 )
 """Beyond the paper's setting: public text in the owners' runs, and a loss that teaches each router row whose text it
 sees.

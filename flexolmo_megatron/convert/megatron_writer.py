@@ -27,6 +27,7 @@ from flexolmo_megatron.convert.names import (
     megatron_tensors,
 )
 from flexolmo_megatron.files import atomic_directory, write_json
+from flexolmo_megatron.streaming import streaming_file
 
 MAX_FILE_BYTES = 5_000_000_000
 """A new .distcp file is begun past this size."""
@@ -72,7 +73,7 @@ def _write_records(directory: Path, items: list[WriteItem], table: dict[str, Meg
     item = next(remaining, None)
     while item is not None:
         file_name = f"__0_{len({result.storage_data.relative_path for result in results})}.distcp"
-        with open(directory / file_name, "wb") as file:
+        with streaming_file(directory / file_name) as file:
             while item is not None and file.tell() < MAX_FILE_BYTES:
                 chunk = item.tensor_data.chunk
                 tensor = fill_region(table[item.index.fqn], tuple(chunk.offsets), tuple(chunk.sizes), model.tensors)

@@ -22,6 +22,7 @@ import torch
 
 from flexolmo_megatron.convert.lazy import LazyTensor
 from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.streaming import memory, streaming_file
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation."""
@@ -193,7 +194,7 @@ def read_tensor(path: str | os.PathLike, info: TensorInfo) -> torch.Tensor:
     Raises:
         FlexOlmoError: the file is gone, ends too early or cannot be read.
     """
-    tensor = torch.empty(info.shape, dtype=info.dtype)
+    tensor = memory(info.nbytes).view(info.dtype).reshape(info.shape)
     read_into(tensor, Path(path), info.offset)
     return tensor
 
@@ -257,7 +258,7 @@ def write_shards(directory: Path, tensors: Mapping[str, LazyTensor], max_bytes: 
     """Write ``model.safetensors``, or several shards and ``model.safetensors.index.json``, into ``directory``."""
     shards = split_shards(tensors, max_bytes)
     for file_name, shard in shards.items():
-        with open(directory / file_name, "wb") as file:
+        with streaming_file(directory / file_name) as file:
             write_tensors(file, shard, {"format": "pt"})
     if len(shards) > 1:
         total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())

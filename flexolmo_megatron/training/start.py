@@ -1,6 +1,7 @@
 """How each kind of run begins: which model is built and where its weights come from."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -111,7 +112,7 @@ def _start_expert(config: TrainConfig) -> Start:
         [ExpertRecord(PUBLIC), ExpertRecord(config.expert.name, router=made)],
         tokenizer=anchor.card.tokenizer,
         anchor_digest=model_digest(anchor),
-        anchor_path=config.anchor,
+        anchor_path=str(Path(config.anchor).resolve()),
         anchor_dtype=_dtype_name(anchor),
     )
     _check_sequence(config, card.model)

@@ -26,6 +26,14 @@ def test_the_anchor_is_unchanged_and_named(world, run):
     assert card.training == {"tokens": 6 * 4 * 32, "steps": 6, "lr": 5e-3, "seed": 1234}
 
 
+def test_the_anchor_is_found_from_any_folder(world, expert_options, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    assert main(expert_options(tmp_path / "run", "anchor=anchor", "train_iters=1")) == 0
+    monkeypatch.chdir(tmp_path)
+    assert open_model("run").card.anchor_path == f"{world}/anchor"
+    assert main(["generate", "run", "--prompt", "x", "--max-new-tokens", "1"]) == 0
+
+
 def test_the_live_anchor_has_the_anchors_digest_after_training(world, expert_options, tmp_path):
     from flexolmo_megatron.config.load import load_config
     from flexolmo_megatron.config.train import TrainConfig

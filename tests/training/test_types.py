@@ -26,7 +26,8 @@ def test_a_bf16_anchor(bf16_world, expert_options, tmp_path, computed):
     options = [f"anchor={bf16_world}/anchor", f"expert.domain_vector={bf16_world}/own.npz", computed]
     assert main(expert_options(tmp_path / "run", *options)) == 0
     assert main(["pack", f"{tmp_path}/run", f"{tmp_path}/package"]) == 0
-    assert main(["merge", "--anchor", f"{bf16_world}/anchor", f"{tmp_path}/package", "--out", f"{tmp_path}/merged"]) == 0
+    merge = ["merge", "--anchor", f"{bf16_world}/anchor", f"{tmp_path}/package", "--out", f"{tmp_path}/merged"]
+    assert main(merge) == 0
     run, merged = open_model(tmp_path / "run"), open_model(tmp_path / "merged")
     name = "model.layers.0.mlp.experts.1.up_proj.weight"
     assert merged.tensors[name].dtype == torch.bfloat16
