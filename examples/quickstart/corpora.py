@@ -4,8 +4,8 @@
 
 writes OUT_DIR/NAME/train.jsonl and OUT_DIR/NAME/valid.jsonl, one {"text": ...} per line, for
 
-    public      half prose: documentation, readme files and licences of the standard library and the installed packages;
-                half a bit of everything, as on the web: C headers, settings, tables, web pages, sums, work orders
+    public      most of it prose: documentation, readme files and licences of the standard library and the installed
+                packages; the rest a bit of everything, as on the web: settings, tables, web pages, sums, work orders
     code        an owner's source code: the standard library's, without its documentation strings
     arithmetic  an owner's worksheets: generated problems with worked answers
     clinic      an owner's discharge notes: generated, of a fictional hospital
@@ -35,9 +35,8 @@ from flexolmo_megatron.files import atomic_file
 TRAIN_BYTES = {"public": 2_500_000, "code": 2_000_000, "arithmetic": 2_000_000, "clinic": 2_000_000}
 VALID_BYTES = 80_000
 PUBLIC_SHARES = {
-    (".h", ".hpp"): 0.1,
-    (".yaml", ".toml", ".cmake"): 0.03,
-    (".json",): 0.03,
+    (".yaml", ".toml", ".cmake"): 0.04,
+    (".json",): 0.04,
     (".csv", ".afm"): 0.04,
     (".js", ".css", ".html"): 0.04,
     sums: 0.12,

@@ -25,15 +25,10 @@ PROMPTS = {
     "arithmetic": "Problem 1: Noor buys 9 bricks for 10 cents each",
     "clinic": "DISCHARGE NOTE  Ward: Rowan  Pt no: 123456\n",
 }
-OWNER_OPTIONS = (
-    "data.public_share=0.5",
-    "expert.domain_loss_coeff=0.3",
-    "optimizer.lr=3e-3",
-    "optimizer.router_lr=1e-2",
-)
-"""Beyond the paper's setting: public text in the owners' runs, and a loss that teaches each router row whose text it
-sees.
-Without them an owner's row never learns to lose against the anchor, and the largest row wins everywhere."""
+OWNER_OPTIONS = ("data.public_share=0.5", "optimizer.lr=1e-3", "optimizer.min_lr=1e-4")
+"""Beyond the paper's setting: half of an owner's samples are public text, which teaches the expert's router row where
+the
+anchor is better, and a small learning rate keeps the experts close enough to the anchor to be mixed."""
 
 
 class Quickstart:

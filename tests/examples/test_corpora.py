@@ -44,8 +44,15 @@ def test_sizes_and_document_lengths(built):
 def test_no_document_is_in_two_places(built):
     every = [text for splits in built.values() for split in splits.values() for text in split]
     assert len(set(every)) == len(every)
-    paragraphs = [paragraph for split in built["public"].values() for text in split for paragraph in text.split("\n\n")]
+    public = [text for split in built["public"].values() for text in split]
+    paragraphs = [paragraph for text in public if is_prose(text) for paragraph in text.split("\n\n")]
+    assert len(paragraphs) > 100
     assert len(set(paragraphs)) == len(paragraphs)
+
+
+def is_prose(text):
+    """Whether a public document is prose, rather than one of the settings, tables, pages, sums and work orders."""
+    return sum(char.isalpha() or char == " " for char in text) > 0.9 * len(text)
 
 
 def test_the_seed_decides(corpora, built, tmp_path):
@@ -57,7 +64,10 @@ def test_the_seed_decides(corpora, built, tmp_path):
 
 
 def test_public_is_prose_without_source_code(built):
-    text = "\n".join(text for split in built["public"].values() for text in split)
+    documents = [text for split in built["public"].values() for text in split]
+    prose = [text for text in documents if is_prose(text)]
+    assert 0.5 < len("".join(prose)) / len("".join(documents)) < 0.8
+    text = "\n".join(prose)
     assert ">>>" not in text and not re.search(r"^\s*(def|class|import|from|return|#) ?\w+.*[:(]?$", text, re.MULTILINE)
     assert sum(char.isalpha() or char == " " for char in text) > 0.93 * len(text)
 
