@@ -13,13 +13,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
 from megatron.core.utils import get_model_config
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from flexolmo_megatron.config.load import save_config
+from flexolmo_megatron.config.load import load_config, save_config
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.model.router import PairRouter
@@ -84,6 +84,8 @@ def _claim(run: Path, mode: Mode, config: TrainConfig) -> None:
                 f"out = {run} holds a run of `train {mark.read_text().strip()}`, not of `train {mode}`; name a new "
                 f"folder"
             )
+        if (run / "config.yaml").is_file():
+            _check_same_samples(load_config(TrainConfig, paths=[str(run / "config.yaml")]), config)
         try:
             run.mkdir(parents=True, exist_ok=True)
             mark.write_text(mode + "\n")
@@ -91,6 +93,22 @@ def _claim(run: Path, mode: Mode, config: TrainConfig) -> None:
             raise FlexOlmoError(f"out = {run} cannot be made: {error.strerror}") from error
         save_config(config, run / "config.yaml")
     torch.distributed.barrier()
+
+
+def _check_same_samples(before: TrainConfig, now: TrainConfig) -> None:
+    """Megatron draws the order of samples anew for another number of them: a run can only go on with the same one."""
+    for name in ("train_iters", "global_batch_size", "seed"):
+        old, new = getattr(before, name), getattr(now, name)
+        if old != new:
+            raise FlexOlmoError(
+                f"{name} = {new}: the run in {now.out} began with {old} and can only be resumed with that"
+            )
+    for name in ("train", "public", "public_share", "seq_length"):
+        old, new = getattr(before.data, name), getattr(now.data, name)
+        if old != new:
+            raise FlexOlmoError(
+                f"data.{name} = {new}: the run in {now.out} began with {old} and can only be resumed with that"
+            )
 
 
 def _datasets(config: TrainConfig, run: Path, begun: Start) -> Datasets:
@@ -129,6 +147,8 @@ def _training_state(config: TrainConfig, begun: Start) -> TrainingState:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # upstream warns that it falls back to torch's AdamW without TE and apex
         optimizer = build_optimizer(config, begun.chunks)
+    # Upstream's schedule cannot set it again where a backward pass outside of a schedule has set it in this process.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     megatron_config = get_model_config(begun.chunks[0])
     megatron_config.grad_scale_func = optimizer.scale_loss
     megatron_config.finalize_model_grads_func = finalize_model_grads

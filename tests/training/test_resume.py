@@ -68,6 +68,18 @@ def test_a_run_of_another_kind_and_a_foreign_folder_are_refused(world, expert_op
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_other_samples_are_refused(expert_options, tmp_path, capsys):
+    assert main(expert_options(tmp_path / "run", "stop_after=1")) == 0
+    for option, message in (
+        ("train_iters=7", "train_iters = 7: the run in"),
+        ("data.seq_length=16", "data.seq_length = 16: the run in"),
+    ):
+        assert main(expert_options(tmp_path / "run", option)) == 2
+        error = capsys.readouterr().err
+        assert message in error and "can only be resumed with that" in error
+    assert main(expert_options(tmp_path / "run")) == 0
+
+
 def test_a_torn_checkpoint_is_refused_with_its_name(expert_options, tmp_path, capsys):
     assert main(expert_options(tmp_path / "run", "stop_after=2")) == 0
     (file,) = (tmp_path / "run" / "checkpoints" / "step_00000002").glob("__0_0.distcp")
