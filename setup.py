@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["flexolmo_megatron", "flexolmo_megatron.*"]),
     package_data={"flexolmo_megatron.config": ["presets/*.yaml"]},
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.17",

@@ -77,14 +77,14 @@ def _claim(run: Path, mode: Mode, config: TrainConfig) -> None:
     """Make the run's folder, or check that it is a run of the same kind."""
     if torch.distributed.get_rank() == 0:
         mark = run / "mode"
-        if run.exists() and not mark.is_file() and any(run.iterdir()):
+        if run.exists() and not mark.is_file() and (not run.is_dir() or any(run.iterdir())):
             raise FlexOlmoError(f"out = {run} is a folder with other things in it; name a new folder")
         if mark.is_file() and mark.read_text().strip() != mode:
             raise FlexOlmoError(
                 f"out = {run} holds a run of `train {mark.read_text().strip()}`, not of `train {mode}`; name a new "
                 f"folder"
             )
-        if (run / "config.yaml").is_file():
+        if checkpoint.step_folders(run) and (run / "config.yaml").is_file():
             _check_same_samples(load_config(TrainConfig, paths=[str(run / "config.yaml")]), config)
         try:
             run.mkdir(parents=True, exist_ok=True)
@@ -291,6 +291,11 @@ class _Run:
                 "the last checkpoint is intact"
             )
         _, grad_norm, _ = state.optimizer.step()
+        if not math.isfinite(grad_norm or 0.0):
+            raise FlexOlmoError(
+                f"step {state.step + 1}: the gradient norm is {float(grad_norm)}; lower optimizer.lr = "
+                f"{config.optimizer.lr} or check the data; the last checkpoint is intact"
+            )
         state.scheduler.step(1)
         state.step += 1
         state.consumed_samples += config.global_batch_size
