@@ -2,12 +2,18 @@
 
 Everything is written under a temporary name in the destination's own folder, flushed to disk, then renamed.
 An existing destination is never touched before the new one is complete.
+
+The temporary name of ``NAME`` is ``.NAME.HOST.PID.partial``, with the host and the process that write it. It is gone
+when the write ends, however it ends, unless the process was killed outright. What such a process left behind is removed
+by the next write of the same destination on the same host; until then it is safe to delete by hand, and no part of this
+package reads it. What a living process, another host or another destination left is never touched.
 """
 
 import contextlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -26,8 +32,46 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def _prefix(path: Path) -> str:
+    return f".{path.name}.{socket.gethostname()}."
+
+
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    return path.with_name(f"{_prefix(path)}{os.getpid()}{TEMPORARY_SUFFIX}")
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # somebody else's; or no process at all, so not a name of ours
+        pass
+    return True
+
+
+def _sweep(path: Path) -> None:
+    """Remove what dead processes of this host left behind when they wrote ``path``; what cannot be removed stays."""
+    prefix = _prefix(path)
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return
+    for name in names:
+        process = name.removeprefix(prefix).removesuffix(TEMPORARY_SUFFIX)
+        if name != f"{prefix}{process}{TEMPORARY_SUFFIX}" or not (process.isascii() and process.isdigit()):
+            continue
+        # To ``kill``, 0 is a whole group of processes. Of our own number, only an earlier process can have left it.
+        if int(process) > 0 and (int(process) == os.getpid() or not _is_alive(int(process))):
+            _remove(path.with_name(name))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _as_error(path: Path, error: OSError) -> FlexOlmoError:
@@ -38,11 +82,16 @@ def _as_error(path: Path, error: OSError) -> FlexOlmoError:
 def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file that replaces ``path`` when the block ends without an exception.
 
+    Args:
+        path: the destination; its folder must exist.
+        mode: of ``open``, for writing.
+
     Raises:
         FlexOlmoError: the file cannot be written (missing folder, full disk, no permission).
     """
     path = Path(path)
     temporary = _temporary(path)
+    _sweep(path)
     try:
         with open(temporary, mode) as file:
             yield file
@@ -69,7 +118,7 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FlexOlmoError(f"{path} already exists; name a new directory or remove it first")
     temporary = _temporary(path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    _sweep(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary
