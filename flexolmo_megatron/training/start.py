@@ -11,24 +11,42 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 
 from flexolmo_megatron.config.card import PUBLIC, ExpertRecord, ModelCard
-from flexolmo_megatron.config.model import ModelConfig
+from flexolmo_megatron.config.layout import check_layout, data_parallel_size
 from flexolmo_megatron.config.train import TrainConfig
+from flexolmo_megatron.convert.initial import random_model
 from flexolmo_megatron.convert.lazy import LazyModel
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.convert.variants import as_dense, upcycle
-from flexolmo_megatron.domain.publish import dense_digest
 from flexolmo_megatron.domain.vector import load_vector
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.exchange.digest import model_digest
+from flexolmo_megatron.exchange.digest import BackgroundDigest, model_digest
 from flexolmo_megatron.exchange.manifest import check_expert_name
 from flexolmo_megatron.model.builder import build_model
 from flexolmo_megatron.model.config import transformer_config
 from flexolmo_megatron.model.weights import init_expert_from_anchor, load_anchor, load_weights
+from flexolmo_megatron.runtime.ranks import on_first_rank
 from flexolmo_megatron.runtime.setup import local_device
 from flexolmo_megatron.training.freezing import freeze_anchor
 
 Mode = Literal["anchor", "expert", "dense", "moe"]
 MODES: tuple[Mode, ...] = ("anchor", "expert", "dense", "moe")
+
+
+@dataclass
+class Plan:
+    """What a run will train: known before any process group exists, and before any tensor is read."""
+
+    card: ModelCard
+    """What the run's checkpoints will hold; of an owner's run still without digest and provenance of the row."""
+    source: LazyModel
+    """Where the weights come from; of an owner's pair, the anchor."""
+    anchor: LazyModel | None = None
+    """The published anchor of an owner's run."""
+
+    @property
+    def anchor_ffn_hidden_size(self) -> int | None:
+        """Width of the frozen FFN of a pair."""
+        return self.anchor.card.model.ffn_hidden_size if self.anchor and self.card.kind == "pair" else None
 
 
 @dataclass
@@ -38,55 +56,73 @@ class Start:
     card: ModelCard
     """What the run's checkpoints will hold."""
     chunks: list[DistributedDataParallel]
-    """This rank's model."""
+    """This rank's model: one part, or one for each of its virtual pipeline stages."""
 
 
-def start(mode: Mode, config: TrainConfig) -> Start:
-    """Build this rank's model for a run and fill it from the anchor, from another model, or at random.
+def plan(mode: Mode, config: TrainConfig, world_size: int) -> Plan:
+    """Open what a run starts from and check that the run can work, without torch.distributed.
+
+    Args:
+        mode: kind of run.
+        config: all of its options.
+        world_size: number of processes.
 
     Raises:
-        FlexOlmoError: the anchor is missing, of the wrong kind, or does not fit the configuration.
+        FlexOlmoError: the anchor is missing, of the wrong kind, or does not fit the configuration; or the layout cannot
+            work. On every rank alike.
     """
+    data_parallel = data_parallel_size(config.parallel, world_size)
+    config.validate(data_parallel)
+    planned = _plan_expert(config) if mode == "expert" else _plan_other(mode, config)
+    if config.data.seq_length > planned.card.model.max_position_embeddings:
+        raise FlexOlmoError(
+            f"data.seq_length = {config.data.seq_length}: expected at most model.max_position_embeddings = "
+            f"{planned.card.model.max_position_embeddings}"
+        )
+    check_layout(
+        planned.card.model,
+        planned.card.kind,
+        config.parallel,
+        world_size=world_size,
+        seq_length=config.data.seq_length,
+        microbatches=config.global_batch_size // (config.micro_batch_size * data_parallel),
+        anchor_ffn_hidden_size=planned.anchor_ffn_hidden_size,
+    )
+    return planned
+
+
+def _plan_other(mode: Mode, config: TrainConfig) -> Plan:
     if mode == "anchor" and config.anchor is not None:
         raise FlexOlmoError(
             f"anchor = {config.anchor}: an anchor starts from random weights; to continue one, use `train dense`"
         )
-    if mode == "expert":
-        return _start_expert(config)
     source = None if config.anchor is None else open_model(config.anchor)
     if mode == "moe":
         source = _mixture(config, source)
-        card = source.card if source else _new_mixture_card(config.model)
-        card = ModelCard("moe", card.model, card.experts, tokenizer=card.tokenizer)
+        card = ModelCard("moe", source.card.model, source.card.experts, tokenizer=source.card.tokenizer)
+    elif source is None:
+        card = ModelCard("dense", replace(config.model, num_experts=0, top_k=0, router_bias=False))
+        source = random_model(card, config.seed)
     else:
-        source = None if source is None else as_dense(source)
-        card = ModelCard("dense", source.card.model if source else replace(config.model, num_experts=0, top_k=0))
-        if source:
-            card.tokenizer = source.card.tokenizer
-    _check_sequence(config, card.model)
-    model = _build(config, card.model, "moe" if mode == "moe" else "dense")
-    if source:
-        load_weights(model, source)
-    return Start(card, [_wrap(config, model)])
+        source = as_dense(source)
+        card = ModelCard("dense", source.card.model, tokenizer=source.card.tokenizer)
+    return Plan(card, source)
 
 
-def _mixture(config: TrainConfig, source: LazyModel | None) -> LazyModel | None:
-    """What an unrestricted MoE starts from: a mixture as it is, or the FFN of a dense model in every expert."""
-    if source is None or source.card.model.num_experts > 1:
+def _mixture(config: TrainConfig, source: LazyModel | None) -> LazyModel:
+    """What an unrestricted MoE starts from: a mixture as it is, the FFN of a dense model in every expert, or nothing."""
+    if source is not None and source.card.model.num_experts > 1:
         return source
-    if config.model.num_experts < 2:
-        raise FlexOlmoError(f"model.num_experts = {config.model.num_experts}: expected 2 or more for `train moe`")
-    return upcycle(as_dense(source), config.model.num_experts, config.model.top_k, config.seed)
-
-
-def _new_mixture_card(model: ModelConfig) -> ModelCard:
+    model = config.model
     if model.num_experts < 2:
         raise FlexOlmoError(f"model.num_experts = {model.num_experts}: expected 2 or more for `train moe`")
+    if source is not None:
+        return upcycle(as_dense(source), model.num_experts, model.top_k, config.seed, router_bias=model.router_bias)
     names = [PUBLIC, *(f"expert_{index}" for index in range(1, model.num_experts))]
-    return ModelCard("moe", model, [ExpertRecord(name) for name in names])
+    return random_model(ModelCard("moe", model, [ExpertRecord(name) for name in names]), config.seed)
 
 
-def _start_expert(config: TrainConfig) -> Start:
+def _plan_expert(config: TrainConfig) -> Plan:
     if config.anchor is None:
         raise FlexOlmoError("anchor has no value: an expert needs the published anchor; set anchor=PATH")
     check_expert_name(config.expert.name)
@@ -94,52 +130,86 @@ def _start_expert(config: TrainConfig) -> Start:
     if anchor.card.kind != "moe" or anchor.card.model.num_experts != 1:
         raise FlexOlmoError(
             f"anchor = {config.anchor} has no router row (kind {anchor.card.kind}, {anchor.card.model.num_experts} "
-            f"experts): "
-            "expected a published anchor, as `flexolmo embed --publish` writes it"
+            f"experts): expected a published anchor, as `flexolmo embed --publish` writes it"
+        )
+    if not config.expert.random_row and config.expert.domain_vector is None:
+        raise FlexOlmoError(
+            "expert.domain_vector has no value: expected a file from `flexolmo embed`, or expert.random_row=true"
         )
     width = config.expert.ffn_hidden_size or anchor.card.model.ffn_hidden_size
     if not 1 <= width <= anchor.card.model.ffn_hidden_size:
         raise FlexOlmoError(
             f"expert.ffn_hidden_size = {width}: expected 1 to the anchor's {anchor.card.model.ffn_hidden_size}"
         )
-    rows, made = _first_rows(config, anchor)
-    model_config = replace(
-        anchor.card.model, num_experts=2, top_k=2, ffn_hidden_size=width, router_bias=config.expert.bias
-    )
+    if not config.expert.coordination:
+        if config.expert.ffn_hidden_size is not None:
+            raise FlexOlmoError("expert.ffn_hidden_size: without coordination the expert has the anchor's width")
+        # The ablation: all weights of a dense copy train; packing takes its FFNs.
+        dense = as_dense(anchor)
+        card = ModelCard("dense", dense.card.model, tokenizer=anchor.card.tokenizer, anchor_dtype=_dtype_name(anchor))
+        return Plan(card, dense, anchor)
     card = ModelCard(
         "pair",
-        model_config,
-        [ExpertRecord(PUBLIC), ExpertRecord(config.expert.name, router=made)],
+        replace(anchor.card.model, num_experts=2, top_k=2, ffn_hidden_size=width, router_bias=config.expert.bias),
+        [ExpertRecord(PUBLIC), ExpertRecord(config.expert.name)],
         tokenizer=anchor.card.tokenizer,
-        anchor_digest=model_digest(anchor),
         anchor_path=str(Path(config.anchor).resolve()),
         anchor_dtype=_dtype_name(anchor),
     )
-    _check_sequence(config, card.model)
-    if not config.expert.coordination:
-        return _start_uncoordinated(config, anchor, card)
-    model = _build(
+    return Plan(card, anchor, anchor)
+
+
+def start(planned: Plan, config: TrainConfig) -> Start:
+    """Build this rank's model for a run and fill it. Called by all ranks, with Megatron's process groups ready.
+
+    Raises:
+        FlexOlmoError: the domain vector is missing or was made for another anchor; a tensor cannot be read.
+    """
+    card = planned.card
+    if planned.anchor is None:
+        return Start(card, _filled(config, planned))
+    digests = on_first_rank(lambda: _digests(planned.anchor))
+    card.anchor_digest = digests["anchor"]
+    rows, made = _first_rows(config, planned.anchor, digests["dense"])
+    if card.kind == "dense":
+        return Start(card, _filled(config, planned))
+    card.experts[1].router = made
+    chunks = _build(
         config,
-        model_config,
-        "pair",
-        anchor_ffn_hidden_size=anchor.card.model.ffn_hidden_size,
+        card,
+        anchor_ffn_hidden_size=planned.anchor_ffn_hidden_size,
         domain_loss_coeff=config.expert.domain_loss_coeff,
     )
-    load_anchor(model, anchor)
-    init_expert_from_anchor(model, anchor)
-    for layer in model.decoder.layers:
-        router = layer.mlp.router
-        with torch.no_grad():
-            router.row.copy_(rows[layer.layer_number - 1 if len(rows) > 1 else 0])
-    freeze_anchor(model)
-    return Start(card, [_wrap(config, model)])
+    load_anchor(chunks, planned.anchor)
+    init_expert_from_anchor(chunks, planned.anchor)
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            with torch.no_grad():
+                layer.mlp.router.row.copy_(rows[layer.layer_number - 1 if len(rows) > 1 else 0])
+        freeze_anchor(chunk)
+    return Start(card, _wrap(config, chunks))
+
+
+def _filled(config: TrainConfig, planned: Plan) -> list[DistributedDataParallel]:
+    chunks = _build(config, planned.card)
+    load_weights(chunks, planned.source)
+    return _wrap(config, chunks)
+
+
+def _digests(anchor: LazyModel) -> dict[str, str]:
+    """The digests with and without the router row, in one go."""
+    dense = BackgroundDigest(as_dense(anchor))
+    try:
+        return {"anchor": model_digest(anchor), "dense": dense.result()}
+    finally:
+        dense.stop()
 
 
 def _dtype_name(model: LazyModel) -> str:
     return str(model.tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
 
 
-def _first_rows(config: TrainConfig, anchor: LazyModel) -> tuple[torch.Tensor, dict]:
+def _first_rows(config: TrainConfig, anchor: LazyModel, dense_digest: str) -> tuple[torch.Tensor, dict]:
     """The owner's first router rows `[L or 1, h]` in fp32 and how they were made."""
     size = anchor.card.model
     if config.expert.random_row:
@@ -147,68 +217,62 @@ def _first_rows(config: TrainConfig, anchor: LazyModel) -> tuple[torch.Tensor, d
         rows = torch.randn(size.num_layers, size.hidden_size, generator=generator)
         # As long as the domain vectors they stand in for.
         return rows / rows.norm(dim=-1, keepdim=True), {"embedder": "random", "documents": 0}
-    if config.expert.domain_vector is None:
-        raise FlexOlmoError(
-            "expert.domain_vector has no value: expected a file from `flexolmo embed`, or expert.random_row=true"
-        )
     vector = load_vector(config.expert.domain_vector)
     vector.check_fits(size.num_layers, size.hidden_size, config.expert.domain_vector)
-    digest = dense_digest(anchor)
-    if vector.dense_digest != digest:
+    if vector.dense_digest != dense_digest:
         raise FlexOlmoError(
             f"{config.expert.domain_vector} was made for another anchor (digest {vector.dense_digest[:12]}…): "
-            f"expected one for {config.anchor} (digest {digest[:12]}…)"
+            f"expected one for {config.anchor} (digest {dense_digest[:12]}…)"
         )
     return torch.from_numpy(vector.vectors), vector.record()
 
 
-def _start_uncoordinated(config: TrainConfig, anchor: LazyModel, card: ModelCard) -> Start:
-    """The ablation without coordination: all weights of a dense copy train; packing takes its FFNs."""
-    if config.expert.ffn_hidden_size is not None:
-        raise FlexOlmoError("expert.ffn_hidden_size: without coordination the expert has the anchor's width")
-    dense = as_dense(anchor)
-    card = replace(card, kind="dense", model=dense.card.model, experts=[], anchor_path=None)
-    model = _build(config, dense.card.model, "dense")
-    load_weights(model, dense)
-    return Start(card, [_wrap(config, model)])
-
-
-def _check_sequence(config: TrainConfig, model: ModelConfig) -> None:
-    if config.data.seq_length > model.max_position_embeddings:
-        raise FlexOlmoError(
-            f"data.seq_length = {config.data.seq_length}: expected at most model.max_position_embeddings = "
-            f"{model.max_position_embeddings}"
-        )
-
-
-def _build(config: TrainConfig, model: ModelConfig, kind: str, **options: float) -> GPTModel:
+def _build(config: TrainConfig, card: ModelCard, **options: float | int | None) -> list[GPTModel]:
+    """This rank's part of the model, without weights: one module for each of its virtual pipeline stages."""
+    parallel = config.parallel
+    virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     megatron_config = transformer_config(
-        model,
-        kind,
+        card.model,
+        card.kind,
         dtype=torch.bfloat16 if config.bf16 else torch.float32,
-        tensor_model_parallel_size=config.parallel.tensor,
-        pipeline_model_parallel_size=config.parallel.pipeline,
-        expert_model_parallel_size=config.parallel.expert,
-        sequence_parallel=config.parallel.sequence,
-        **({} if kind == "dense" else {"moe_z_loss_coeff": config.moe_z_loss_coeff or None}),
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        sequence_parallel=parallel.sequence,
+        perform_initialization=False,  # everything is loaded, and the loading functions check that nothing is left out
+        **(
+            {}
+            if card.kind == "dense"
+            else {
+                "moe_z_loss_coeff": config.moe_z_loss_coeff or None,
+                "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
+            }
+        ),
         **options,
     )
-    torch.manual_seed(config.seed)
-    return build_model(
-        model,
-        kind,
-        megatron_config,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    ).to(local_device())
+    return [
+        build_model(
+            card.model,
+            card.kind,
+            megatron_config,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            vp_stage=stage,
+        ).to(local_device())
+        for stage in ([None] if virtual is None else range(virtual))
+    ]
 
 
-def _wrap(config: TrainConfig, model: GPTModel) -> DistributedDataParallel:
-    module = Float16Module(model.config, model) if config.bf16 else model
-    return DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.use_distributed_optimizer
-        ),
-        module,
+def _wrap(config: TrainConfig, chunks: list[GPTModel]) -> list[DistributedDataParallel]:
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.use_distributed_optimizer
     )
+    return [
+        DistributedDataParallel(
+            chunk.config, ddp_config, Float16Module(chunk.config, chunk) if config.bf16 else chunk
+        )
+        for chunk in chunks
+    ]
