@@ -66,10 +66,19 @@ class ParallelConfig:
     """Processes that share each layer's matrices."""
     pipeline: int = 1
     """Processes that share the layers."""
+    virtual_pipeline: int = 1
+    """Groups of layers per pipeline process: above 1, each has several places in the pipeline, which idles less. Needs
+    a number of microbatches that pipeline divides."""
+    context: int = 1
+    """Processes that share each sequence, attention included."""
     expert: int = 1
     """Processes that share each layer's experts (moe only)."""
+    expert_tensor: int | None = None
+    """Processes that share each expert's matrices (moe only); by default tensor."""
     sequence: bool = False
     """Split activations between matrices along the sequence (needs tensor > 1)."""
+    moe_token_dispatcher_type: str = "alltoall"
+    """How tokens reach their experts (moe only): alltoall or allgather."""
 
 
 @dataclass
@@ -184,5 +193,3 @@ class TrainConfig:
                 f"expert.domain_loss_coeff = {self.expert.domain_loss_coeff}: expected 0 or more, and data.public "
                 f"where it is above 0"
             )
-        if self.parallel.sequence and self.parallel.tensor == 1:
-            raise FlexOlmoError("parallel.sequence = true: expected parallel.tensor above 1")

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from flexolmo_megatron.config.card import PUBLIC, ExpertRecord, ModelCard
+from flexolmo_megatron.convert.initial import random_model
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
 from flexolmo_megatron.errors import FlexOlmoError
 
@@ -33,10 +34,16 @@ def as_dense(anchor: LazyModel) -> LazyModel:
     return LazyModel(ModelCard(kind="dense", model=model, tokenizer=card.tokenizer), tensors)
 
 
-def upcycle(dense: LazyModel, num_experts: int, top_k: int, seed: int) -> LazyModel:
-    """Return a mixture whose experts all start as the dense model's FFN, with random router rows (unrestricted MoE)."""
-    config = replace(dense.card.model, num_experts=num_experts, top_k=top_k)
-    tensors = {name: tensor for name, tensor in dense.tensors.items() if ".mlp." not in name}
+def upcycle(dense: LazyModel, num_experts: int, top_k: int, seed: int, *, router_bias: bool = False) -> LazyModel:
+    """Return a mixture whose experts all start as the dense model's FFN, with random router rows (unrestricted MoE).
+
+    Router biases, where there are any, start at 0.
+    """
+    config = replace(dense.card.model, num_experts=num_experts, top_k=top_k, router_bias=router_bias)
+    names = [PUBLIC, *(f"expert_{index}" for index in range(1, num_experts))]
+    card = ModelCard("moe", config, [ExpertRecord(name) for name in names], tokenizer=dense.card.tokenizer)
+    router = {name: tensor for name, tensor in random_model(card, seed).tensors.items() if ".mlp.gate." in name}
+    tensors = {name: tensor for name, tensor in dense.tensors.items() if ".mlp." not in name} | router
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}.mlp"
         for expert in range(num_experts):
@@ -44,23 +51,7 @@ def upcycle(dense: LazyModel, num_experts: int, top_k: int, seed: int) -> LazyMo
                 tensors[f"{prefix}.experts.{expert}.{projection}.weight"] = dense.tensors[
                     f"{prefix}.{projection}.weight"
                 ]
-
-        tensors[f"{prefix}.gate.weight"] = _random_rows(
-            (num_experts, config.hidden_size),
-            config.init_method_std,
-            seed * 100_003 + layer,
-            dense.tensors[f"{prefix}.gate_proj.weight"].dtype,
-        )
-    names = [PUBLIC, *(f"expert_{index}" for index in range(1, num_experts))]
-    card = ModelCard("moe", config, [ExpertRecord(name) for name in names], tokenizer=dense.card.tokenizer)
     return LazyModel(card, tensors)
-
-
-def _random_rows(shape: tuple[int, int], std: float, seed: int, dtype: torch.dtype) -> LazyTensor:
-    def read() -> torch.Tensor:
-        return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std).to(dtype)
-
-    return LazyTensor(dtype, shape, read)
 
 
 def as_pair(dense: LazyModel, rows_LH: torch.Tensor, expert: ExpertRecord) -> LazyModel:

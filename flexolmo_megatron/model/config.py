@@ -6,7 +6,9 @@ from typing import Any, Literal
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from flexolmo_megatron.config.layout import split_problems
 from flexolmo_megatron.config.model import ModelConfig
+from flexolmo_megatron.config.train import ParallelConfig
 from flexolmo_megatron.errors import FlexOlmoError
 
 ModelKind = Literal["dense", "moe", "pair"]
@@ -62,7 +64,8 @@ def transformer_config(
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        # The CPU has one random state; initialising whole matrices there also makes the weights the same in any layout.
+        # Megatron's random states are CUDA's. A run does not use these weights: convert/initial.py makes its own, which
+        # do not depend on the layout.
         use_cpu_initialization=not torch.cuda.is_available(),
         # Upstream's fusions are torch.compile'd or CUDA-only: Transformer Engine brings its own on CUDA.
         bias_activation_fusion=False,
@@ -87,19 +90,15 @@ def transformer_config(
             moe_token_dispatcher_type="alltoall",
         )
     values |= overrides
-    _check_layout(model, values)
+    _check_split(model, kind, values)
     return FlexOlmoTransformerConfig(**values)
 
 
-def _check_layout(model: ModelConfig, values: dict[str, Any]) -> None:
-    tensor = values.get("tensor_model_parallel_size", 1)
-    for name in ("num_attention_heads", "num_query_groups", "vocab_size", "ffn_hidden_size"):
-        if getattr(model, name) % tensor:
-            raise FlexOlmoError(
-                f"model.{name} = {getattr(model, name)} cannot be split over parallel.tensor = {tensor} processes"
-            )
-    expert = values.get("expert_model_parallel_size", 1)
-    if model.num_experts % expert:
-        raise FlexOlmoError(
-            f"model.num_experts = {model.num_experts} cannot be split over parallel.expert = {expert} processes"
-        )
+def _check_split(model: ModelConfig, kind: ModelKind, values: dict[str, Any]) -> None:
+    parallel = ParallelConfig(
+        tensor=values.get("tensor_model_parallel_size", 1),
+        expert=values.get("expert_model_parallel_size", 1),
+        expert_tensor=values.get("expert_tensor_parallel_size"),
+    )
+    for problem in split_problems(model, kind, parallel, values["anchor_ffn_hidden_size"]):
+        raise FlexOlmoError(problem)

@@ -6,6 +6,8 @@ import warnings
 
 import torch
 
+from flexolmo_megatron.config.layout import process_problems
+from flexolmo_megatron.config.train import ParallelConfig
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.runtime.versions import check_versions
 
@@ -37,7 +39,14 @@ def prepare() -> None:
 
 
 def initialize(
-    *, tensor_parallel: int = 1, pipeline_parallel: int = 1, expert_parallel: int = 1, seed: int = 1234
+    *,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    virtual_pipeline: int = 1,
+    context_parallel: int = 1,
+    expert_parallel: int = 1,
+    expert_tensor_parallel: int | None = None,
+    seed: int = 1234,
 ) -> None:
     """Make this process ready to build Megatron modules; calling it again with the same layout does nothing.
 
@@ -46,24 +55,25 @@ def initialize(
     Args:
         tensor_parallel: processes that share every layer's matrices.
         pipeline_parallel: processes that share the layers.
+        virtual_pipeline: groups of layers per pipeline process.
+        context_parallel: processes that share a sequence.
         expert_parallel: processes that share a layer's experts.
-        seed: for Megatron's random states (initial weights, dropout).
+        expert_tensor_parallel: processes that share an expert's matrices; None for as many as tensor_parallel.
+        seed: for Megatron's random states (dropout; initial weights that nobody replaces).
 
     Raises:
         FlexOlmoError: the layout does not fit the number of processes, or a package has a version that was not tested.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    model_parallel = tensor_parallel * pipeline_parallel
-    if min(tensor_parallel, pipeline_parallel, expert_parallel) < 1 or world_size % model_parallel:
-        raise FlexOlmoError(
-            f"parallel.tensor = {tensor_parallel} times parallel.pipeline = {pipeline_parallel} does not divide "
-            f"the number of processes, {world_size}"
-        )
-    if (world_size // model_parallel) % expert_parallel:
-        raise FlexOlmoError(
-            f"parallel.expert = {expert_parallel} does not divide the {world_size // model_parallel} data-parallel "
-            f"processes"
-        )
+    layout = ParallelConfig(
+        tensor=tensor_parallel,
+        pipeline=pipeline_parallel,
+        virtual_pipeline=virtual_pipeline,
+        context=context_parallel,
+        expert=expert_parallel,
+        expert_tensor=expert_tensor_parallel or tensor_parallel,
+    )
+    for problem in process_problems(layout, world_size()):
+        raise FlexOlmoError(problem)
     prepare()
     on_cuda = torch.cuda.is_available()
     if on_cuda:
@@ -79,17 +89,35 @@ def initialize(
         else:
             torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     if parallel_state.model_parallel_is_initialized():
-        layout = (
-            parallel_state.get_tensor_model_parallel_world_size(),
-            parallel_state.get_pipeline_model_parallel_world_size(),
-            parallel_state.get_expert_model_parallel_world_size(),
-        )
-        if layout != (tensor_parallel, pipeline_parallel, expert_parallel):
-            raise RuntimeError(f"process groups exist for the layout {layout} (tensor, pipeline, expert)")
+        present = _present_layout()
+        if present != layout:
+            raise RuntimeError(f"process groups exist for {present}, not for {layout}")
     else:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_parallel,
             pipeline_model_parallel_size=pipeline_parallel,
+            virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
+            context_parallel_size=context_parallel,
             expert_model_parallel_size=expert_parallel,
+            expert_tensor_parallel_size=layout.expert_tensor,
         )
         megatron_tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def world_size() -> int:
+    """Number of processes of this launch, before or after torch.distributed is ready."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _present_layout() -> ParallelConfig:
+    """The layout of Megatron's process groups."""
+    from megatron.core import parallel_state
+
+    return ParallelConfig(
+        tensor=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
+        virtual_pipeline=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        context=parallel_state.get_context_parallel_world_size(),
+        expert=parallel_state.get_expert_model_parallel_world_size(),
+        expert_tensor=parallel_state.get_expert_tensor_parallel_world_size(),
+    )

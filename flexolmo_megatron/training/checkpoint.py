@@ -85,14 +85,9 @@ def _sharded_state(state: TrainingState, is_loading: bool) -> dict[str, Any]:
         trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         sharded = module.sharded_state_dict(metadata=metadata)
         models[f"model{index}"] = {name: tensor for name, tensor in sharded.items() if name in trainable}
-    every = (
-        {name: tensor for model in models.values() for name, tensor in model.items()}
-        if len(models) > 1
-        else models["model0"]
-    )
     return {
         **models,
-        "optimizer": state.optimizer.sharded_state_dict(every, is_loading=is_loading, metadata=metadata),
+        "optimizer": state.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata),
         "scheduler": state.scheduler.state_dict(),
         "progress": {"step": state.step, "consumed_samples": state.consumed_samples, "tokens": state.tokens},
     }

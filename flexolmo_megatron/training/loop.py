@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -23,14 +23,15 @@ from flexolmo_megatron.config.load import load_config, save_config
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.model.router import PairRouter
-from flexolmo_megatron.runtime.setup import initialize, local_device
+from flexolmo_megatron.runtime.setup import initialize, local_device, world_size
 from flexolmo_megatron.training import checkpoint
 from flexolmo_megatron.training.checkpoint import TrainingState
 from flexolmo_megatron.training.datasets import Datasets, batches, build_datasets, parse_blend
 from flexolmo_megatron.training.freezing import frozen_fingerprint
 from flexolmo_megatron.training.memory import memory_report
 from flexolmo_megatron.training.optimization import build_optimizer, build_scheduler
-from flexolmo_megatron.training.start import Mode, Start, start
+from flexolmo_megatron.training.resume import check_same_card
+from flexolmo_megatron.training.start import Mode, Start, plan, start
 from flexolmo_megatron.training.tokenizer import load_tokenizer
 
 
@@ -48,21 +49,24 @@ def train(mode: Mode, config: TrainConfig) -> Path:
         FlexOlmoError: bad input, or a loss that is no longer finite.
         RuntimeError: a frozen parameter has changed (a defect of this package).
     """
+    planned = plan(mode, config, world_size())
     initialize(
         tensor_parallel=config.parallel.tensor,
         pipeline_parallel=config.parallel.pipeline,
+        virtual_pipeline=config.parallel.virtual_pipeline,
+        context_parallel=config.parallel.context,
         expert_parallel=config.parallel.expert,
+        expert_tensor_parallel=config.parallel.expert_tensor,
         seed=config.seed,
     )
-    data_parallel = parallel_state.get_data_parallel_world_size()
-    config.validate(data_parallel)
     run = Path(config.out)
     _claim(run, mode, config)
-    begun = start(mode, config)
+    begun = start(planned, config)
     datasets = _datasets(config, run, begun)
     state = _training_state(config, begun)
     existing = checkpoint.step_folders(run)
     if existing:
+        check_same_card(existing[-1], begun.card)
         checkpoint.load(existing[-1], state)
         _say(f"resuming from {existing[-1]} at step {state.step}")
     return _Run(mode, config, run, begun, datasets, state).train()
@@ -152,7 +156,8 @@ def _training_state(config: TrainConfig, begun: Start) -> TrainingState:
     megatron_config = get_model_config(begun.chunks[0])
     megatron_config.grad_scale_func = optimizer.scale_loss
     megatron_config.finalize_model_grads_func = finalize_model_grads
-    megatron_config.no_sync_func = begun.chunks[0].no_sync
+    no_sync = [chunk.no_sync for chunk in begun.chunks]
+    megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return TrainingState(begun.chunks, optimizer, build_scheduler(config, optimizer))
 
 
@@ -172,8 +177,9 @@ def _forward_step(
         for module in model.modules():
             if isinstance(module, PairRouter):
                 module.own_B = batch["dataset_id"] < own_prefixes if model.training else None
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return losses, lambda output: _loss(batch["loss_mask"], output)
+    own = get_batch_on_this_cp_rank({name: batch[name] for name in ("tokens", "position_ids", "labels", "loss_mask")})
+    losses = model(own["tokens"], own["position_ids"], None, labels=own["labels"])
+    return losses, lambda output: _loss(own["loss_mask"], output)
 
 
 class _Run:
@@ -209,22 +215,26 @@ class _Run:
             path.write_text("".join(f"{line}\n" for line in kept))
         return open(path, "a", buffering=1)
 
-    def _iterator(self, dataset: Any, consumed_samples: int) -> Iterator[dict[str, Tensor]]:
-        return iter(
-            batches(
-                dataset,
-                consumed_samples=consumed_samples,
-                micro_batch_size=self.config.micro_batch_size,
-                data_parallel_rank=parallel_state.get_data_parallel_rank(),
-                data_parallel_size=self.data_parallel,
+    def _iterators(self, dataset: Any, consumed_samples: int) -> list[Iterator[dict[str, Tensor]]]:
+        """The microbatches of this rank, once for each of its virtual pipeline stages."""
+        return [
+            iter(
+                batches(
+                    dataset,
+                    consumed_samples=consumed_samples,
+                    micro_batch_size=self.config.micro_batch_size,
+                    data_parallel_rank=parallel_state.get_data_parallel_rank(),
+                    data_parallel_size=self.data_parallel,
+                )
             )
-        )
+            for _ in self.state.chunks
+        ]
 
-    def _pass(self, iterator: Iterator, forward_only: bool) -> float:
+    def _pass(self, iterators: list[Iterator], forward_only: bool) -> float:
         """Run one global batch; returns the mean loss per token in nats (on every rank)."""
         reports = self.forward_backward(
             forward_step_func=self.forward_step,
-            data_iterator=iterator,
+            data_iterator=iterators,
             model=self.state.chunks,
             num_microbatches=self.microbatches,
             seq_length=self.config.data.seq_length,
@@ -234,7 +244,7 @@ class _Run:
         totals = torch.zeros(2, dtype=torch.float64, device=local_device())
         for report in reports:  # empty except on the last pipeline stage
             totals += report["loss"]
-        torch.distributed.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+        torch.distributed.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         torch.distributed.broadcast(
             totals,
             parallel_state.get_pipeline_model_parallel_last_rank(),
@@ -245,7 +255,7 @@ class _Run:
     def train(self) -> Path:
         config, state = self.config, self.state
         fingerprints = [frozen_fingerprint(chunk) for chunk in state.chunks]
-        iterator = self._iterator(self.datasets.train, state.consumed_samples)
+        iterators = self._iterators(self.datasets.train, state.consumed_samples)
         last = min(config.train_iters, state.step + (config.stop_after or config.train_iters))
         if state.step >= last:
             _say(f"{self.run} has all of its {config.train_iters} steps already")
@@ -254,7 +264,7 @@ class _Run:
         reported = False
         saved = state.step
         while state.step < last:
-            row = self._step(iterator)
+            row = self._step(iterators)
             if not reported:
                 _say(str(memory_report(state.chunks, state.optimizer)))
                 reported = True
@@ -275,7 +285,7 @@ class _Run:
             self.metrics.close()
         return checkpoint.step_folders(self.run)[-1]
 
-    def _step(self, iterator: Iterator) -> dict[str, Any]:
+    def _step(self, iterators: list[Iterator]) -> dict[str, Any]:
         config, state = self.config, self.state
         began = time.perf_counter()
         for chunk in state.chunks:
@@ -283,7 +293,7 @@ class _Run:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
         lr = state.scheduler.get_lr({})  # of parameters without a rate of their own
-        loss = self._pass(iterator, forward_only=False)
+        loss = self._pass(iterators, forward_only=False)
         if not math.isfinite(loss):
             raise FlexOlmoError(
                 f"step {state.step + 1}: the loss is {loss}; lower optimizer.lr = {config.optimizer.lr} or check "
@@ -327,10 +337,9 @@ class _Run:
         """Mean loss over ``eval_iters`` global batches, the same ones each time."""
         for chunk in self.state.chunks:
             chunk.eval()
-        iterator = self._iterator(self.datasets.valid, 0)
-        return (
-            sum(self._pass(iterator, forward_only=True) for _ in range(self.config.eval_iters)) / self.config.eval_iters
-        )
+        iterators = self._iterators(self.datasets.valid, 0)
+        losses = [self._pass(iterators, forward_only=True) for _ in range(self.config.eval_iters)]
+        return sum(losses) / len(losses)
 
     def _report(self, row: dict[str, Any], bar: tqdm, final: bool) -> None:
         if not self.first:

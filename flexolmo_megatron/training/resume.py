@@ -1,0 +1,28 @@
+"""Whether a checkpoint belongs to the run that wants to go on from it."""
+
+from pathlib import Path
+
+from flexolmo_megatron.config.card import ModelCard
+from flexolmo_megatron.errors import FlexOlmoError
+
+
+def check_same_card(checkpoint: Path, card: ModelCard) -> None:
+    """Compare a run's model with that of its checkpoint: of an owner's run also the anchor and the expert's name.
+
+    Weights of one anchor's expert would fit into the pair of another, and train on without a word.
+
+    Raises:
+        FlexOlmoError: they differ; with both values.
+    """
+    saved = ModelCard.load(checkpoint)
+    for what, before, now in (
+        ("kind", saved.kind, card.kind),
+        ("architecture", saved.model, card.model),
+        ("experts", saved.expert_names, card.expert_names),
+        ("anchor digest", saved.anchor_digest, card.anchor_digest),
+    ):
+        if before != now:
+            raise FlexOlmoError(
+                f"{checkpoint} belongs to another run: its {what} is {before}, this run's is {now}; name a new folder "
+                f"for this run (out), or start it as the first one was started"
+            )
