@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from flexolmo_megatron.config.model import ModelConfig
+from flexolmo_megatron.config.precision import Fp8Config
 from flexolmo_megatron.errors import FlexOlmoError
 
 
@@ -126,6 +127,7 @@ class TrainConfig:
     accumulate."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 gradients and master weights; else in fp32."""
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     seed: int = 1234
     """Of initial weights and the order of samples."""
     moe_z_loss_coeff: float = 1e-3
@@ -165,6 +167,7 @@ class TrainConfig:
                 f"global_batch_size = {self.global_batch_size}: expected a multiple of micro_batch_size = "
                 f"{self.micro_batch_size} times the {data_parallel} data-parallel processes"
             )
+        self.fp8.validate(self.bf16)
         styles = ("cosine", "linear", "constant", "WSD")
         if self.optimizer.lr_decay_style not in styles:
             raise FlexOlmoError(

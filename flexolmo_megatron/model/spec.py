@@ -1,5 +1,6 @@
 """Which modules a layer is built from: Transformer Engine's where it is installed, else local ones."""
 
+import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
@@ -28,9 +29,21 @@ class TorchSpecProvider(LocalSpecProvider):
         return TorchAttention
 
 
+def engine_is_default() -> bool:
+    """Whether models are built from Transformer Engine's modules: it is installed, and there is a GPU for it."""
+    return HAVE_TE and torch.cuda.is_available()
+
+
 def default_backend() -> BackendSpecProvider:
-    """Transformer Engine's modules where the package is installed, else ``TorchSpecProvider``."""
-    if HAVE_TE:
+    """Transformer Engine's modules where it can run, else ``TorchSpecProvider``.
+
+    Transformer Engine's: attention (also under context parallelism), norms, linear layers, and for the merged model
+    TEGroupedMLP, one grouped matrix product over the experts that a process has. The norms of queries and keys are ours
+    (``ProjectionRMSNorm``): they span all heads of all tensor-parallel processes. Both kinds of modules have the same
+    tensors under the same names in checkpoints; Transformer Engine's further entries, ``_extra_state``, hold no weight
+    and are left out (``model/weights.py``, ``training/checkpoint.py``).
+    """
+    if engine_is_default():
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         return TESpecProvider()

@@ -23,6 +23,9 @@ from flexolmo_megatron.exchange.digest import BackgroundDigest, model_digest
 from flexolmo_megatron.exchange.manifest import check_expert_name
 from flexolmo_megatron.model.builder import build_model
 from flexolmo_megatron.model.config import transformer_config
+from flexolmo_megatron.model.engine import engine_settings, prepare_engine
+from flexolmo_megatron.model.fp8 import check_recipe, check_sizes, this_chip
+from flexolmo_megatron.model.spec import engine_is_default
 from flexolmo_megatron.model.weights import init_expert_from_anchor, load_anchor, load_weights
 from flexolmo_megatron.runtime.ranks import on_first_rank
 from flexolmo_megatron.runtime.setup import local_device
@@ -88,7 +91,22 @@ def plan(mode: Mode, config: TrainConfig, world_size: int) -> Plan:
         microbatches=config.global_batch_size // (config.micro_batch_size * data_parallel),
         anchor_ffn_hidden_size=planned.anchor_ffn_hidden_size,
     )
+    if config.fp8.recipe is not None:
+        _check_fp8(config, planned)
     return planned
+
+
+def _check_fp8(config: TrainConfig, planned: Plan) -> None:
+    check_recipe(config.fp8.recipe, this_chip())
+    parallel = config.parallel
+    sequence_split = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    check_sizes(
+        config.fp8.recipe,
+        planned.card.model,
+        config.micro_batch_size * config.data.seq_length // sequence_split,
+        parallel.tensor,
+        planned.anchor_ffn_hidden_size or 0,
+    )
 
 
 def _plan_other(mode: Mode, config: TrainConfig) -> Plan:
@@ -251,6 +269,7 @@ def _build(config: TrainConfig, card: ModelCard, **options: float | int | None) 
                 "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
             }
         ),
+        **(engine_settings(card.kind, config.fp8.recipe) if engine_is_default() else {}),
         **options,
     )
     return [
@@ -270,9 +289,10 @@ def _wrap(config: TrainConfig, chunks: list[GPTModel]) -> list[DistributedDataPa
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.use_distributed_optimizer
     )
-    return [
-        DistributedDataParallel(
-            chunk.config, ddp_config, Float16Module(chunk.config, chunk) if config.bf16 else chunk
-        )
+    wrapped = [
+        DistributedDataParallel(chunk.config, ddp_config, Float16Module(chunk.config, chunk) if config.bf16 else chunk)
         for chunk in chunks
     ]
+    for chunk in wrapped:
+        prepare_engine(chunk, config.fp8.recipe, config.fp8.drop_frozen)
+    return wrapped
