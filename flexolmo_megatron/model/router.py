@@ -62,7 +62,9 @@ class DomainRouter(TopKRouter):
             hidden = input.float()
             logits = torch.stack([hidden @ row for row in self.weight.float()], dim=-1)
         if self.bias is not None:
-            logits = logits + _NonPositive.apply(self.bias.float())
+            # The anchor's bias is 0 by definition, also where all experts train together: it gets no gradient.
+            bias_E = torch.cat([self.bias[:1].detach(), self.bias[1:]])
+            logits = logits + _NonPositive.apply(bias_E.float())
         if self.allowed_BE is not None:
             # Replaces whatever an excluded row gave, also NaN.
             logits = logits.masked_fill(~self.allowed_BE, float("-inf"))

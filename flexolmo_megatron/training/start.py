@@ -128,7 +128,7 @@ def _plan_other(mode: Mode, config: TrainConfig) -> Plan:
 
 
 def _mixture(config: TrainConfig, source: LazyModel | None) -> LazyModel:
-    """What an unrestricted MoE starts from: a mixture as it is, the FFN of a dense model in every expert, or nothing."""
+    """What an unrestricted MoE starts from: a mixture as it is, a dense model's FFN in every expert, or nothing."""
     if source is not None and source.card.model.num_experts > 1:
         return source
     model = config.model
@@ -260,7 +260,11 @@ def _build(config: TrainConfig, card: ModelCard, **options: float | int | None) 
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=parallel.sequence,
-        perform_initialization=False,  # everything is loaded, and the loading functions check that nothing is left out
+        # Everything is loaded, and the loading functions check that nothing is left out. Not perform_initialization:
+        # without it Megatron does not mark which parameters are split, and counts them wrongly in gradient norms.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         **(
             {}
             if card.kind == "dense"
@@ -283,6 +287,10 @@ def _build(config: TrainConfig, card: ModelCard, **options: float | int | None) 
         ).to(local_device())
         for stage in ([None] if virtual is None else range(virtual))
     ]
+
+
+def _leave(weight: torch.Tensor) -> None:
+    """Megatron's initialisation of a weight that is about to be loaded."""
 
 
 def _wrap(config: TrainConfig, chunks: list[GPTModel]) -> list[DistributedDataParallel]:
