@@ -27,8 +27,9 @@ class MemoryReport:
 
 
 def _bytes(tensors: list[Tensor]) -> int:
-    # Views share storage (parameters in a DDP buffer, master weights in a shard), so each storage counts once.
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    # Views share storage (parameters in a DDP buffer, master weights in a shard), so each storage counts once. Its
+    # address in memory would not do: storages on the meta device, of a model that is only planned, have none.
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 

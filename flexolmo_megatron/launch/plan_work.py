@@ -1,0 +1,239 @@
+"""What is planned: a run's architecture, batch and number type, and the ways to divide it over GPUs.
+
+Legend of the plan_* files: T tokens of one microbatch on one context-parallel rank, h hidden, f inner width of an FFN.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from flexolmo_megatron.config.layout import Kind, layout_problem
+from flexolmo_megatron.config.model import ModelConfig
+from flexolmo_megatron.config.train import ParallelConfig, TrainConfig
+from flexolmo_megatron.errors import FlexOlmoError
+
+Mode = Literal["anchor", "dense", "expert", "moe", "router", "inference"]
+MODES: tuple[Mode, ...] = ("anchor", "dense", "expert", "moe", "router", "inference")
+Backend = Literal["te", "local"]
+
+
+@dataclass(frozen=True, eq=False)  # compared and cached by identity
+class Work:
+    """One optimizer step of a run."""
+
+    mode: Mode
+    """As `flexolmo train` has it, and router (only router rows train) and inference (nothing trains)."""
+    kind: Kind
+    """What is built: dense, pair or moe."""
+    model: ModelConfig
+    """Architecture; of the coupled model for a pair, whose ffn_hidden_size is the owner's."""
+    anchor_ffn: int
+    """Pair only: inner width of the anchor's FFN."""
+    sequence: int
+    """Tokens per sample."""
+    batch: int
+    """Samples per step over all processes."""
+    element: int
+    """Bytes of one weight or activation: 2 (bfloat16) or 4 (float32)."""
+    backend: Backend
+    """Whose modules keep activations: Transformer Engine's on CUDA, or the local ones on the CPU."""
+
+    @property
+    def all_train(self) -> bool:
+        """Whether every parameter trains."""
+        return self.mode in ("anchor", "dense", "moe")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per step."""
+        return self.batch * self.sequence
+
+
+def work_of(config: TrainConfig, mode: Mode, backend: Backend) -> Work:
+    """Return what ``flexolmo train MODE`` does with a configuration, as ``training/start.py`` builds it.
+
+    Raises:
+        FlexOlmoError: the architecture has not the experts that the mode needs, or an impossible value.
+    """
+    model, kind = config.model, "dense"
+    width = config.expert.ffn_hidden_size or model.ffn_hidden_size
+    if mode == "expert":
+        if not 1 <= width <= model.ffn_hidden_size:
+            raise FlexOlmoError(
+                f"expert.ffn_hidden_size = {width}: expected 1 to model.ffn_hidden_size = {model.ffn_hidden_size}"
+            )
+        kind = "pair"
+        model = replace(model, num_experts=2, top_k=2, ffn_hidden_size=width, router_bias=config.expert.bias)
+    elif mode in ("moe", "router") or (mode == "inference" and model.num_experts):
+        if model.num_experts < 2:
+            raise FlexOlmoError(
+                f"model.num_experts = {model.num_experts}: expected 2 or more for --mode {mode}, for example with "
+                f"--preset 37b"
+            )
+        kind = "moe"
+    else:
+        model = replace(model, num_experts=0, top_k=0, router_bias=False)
+    for name in ("global_batch_size", "train_iters"):
+        if getattr(config, name) < 1:
+            raise FlexOlmoError(f"{name} = {getattr(config, name)}: expected at least 1")
+    if not 1 <= config.data.seq_length <= model.max_position_embeddings:
+        raise FlexOlmoError(
+            f"data.seq_length = {config.data.seq_length}: expected 1 to model.max_position_embeddings = "
+            f"{model.max_position_embeddings}"
+        )
+    return Work(
+        mode,
+        kind,
+        model,
+        config.model.ffn_hidden_size,
+        config.data.seq_length,
+        config.global_batch_size,
+        2 if config.bf16 else 4,
+        backend,
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to divide a run over processes, one process per GPU."""
+
+    world: int
+    """Processes."""
+    tensor: int = 1
+    """Processes that share each matrix (TP); sequence parallel is on where it is above 1."""
+    pipeline: int = 1
+    """Processes that share the layers (PP)."""
+    virtual: int = 1
+    """Groups of layers per pipeline process (VPP)."""
+    context: int = 1
+    """Processes that share each sequence (CP)."""
+    expert: int = 1
+    """Processes that share a layer's experts (EP)."""
+    expert_tensor: int = 0
+    """Processes that share each expert's matrices (ETP); 0 becomes ``tensor``."""
+    micro_batch: int = 1
+    """Samples that one process computes at a time."""
+    recompute: bool = False
+    """Keep only each layer's input and compute the layer again in the backward pass."""
+    distributed: bool = True
+    """Spread optimizer state over the data-parallel processes."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "expert_tensor", self.expert_tensor or self.tensor)
+
+    @cached_property
+    def data(self) -> int:
+        """Data-parallel processes (DP)."""
+        return self.world // (self.tensor * self.pipeline * self.context)
+
+    @cached_property
+    def shards(self) -> int:
+        """Processes with the same parameters that are no experts' (DP x CP)."""
+        return self.data * self.context
+
+    @cached_property
+    def expert_shards(self) -> int:
+        """Processes with the same experts."""
+        return self.world // (self.expert_tensor * self.expert * self.pipeline)
+
+    @property
+    def sequence(self) -> bool:
+        """Whether activations between matrices are split along the sequence."""
+        return self.tensor > 1
+
+    def microbatches(self, work: Work) -> int:
+        """Per step and pipeline."""
+        return work.batch // (self.micro_batch * self.data)
+
+    def parallel(self) -> ParallelConfig:
+        """The same as `flexolmo train` takes it."""
+        return ParallelConfig(
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            virtual_pipeline=self.virtual,
+            context=self.context,
+            expert=self.expert,
+            expert_tensor=self.expert_tensor if self.expert_tensor != self.tensor else None,
+            sequence=self.sequence,
+        )
+
+    def problem(self, work: Work) -> str | None:
+        """Why this cannot run, or None."""
+        if work.batch % (self.micro_batch * self.data):
+            return (
+                f"global_batch_size = {work.batch} is no multiple of micro_batch_size = {self.micro_batch} times "
+                f"{self.data} data-parallel processes"
+            )
+        return layout_problem(
+            work.model,
+            work.kind,
+            self.parallel(),
+            world_size=self.world,
+            seq_length=work.sequence,
+            microbatches=self.microbatches(work),
+            anchor_ffn_hidden_size=work.anchor_ffn if work.kind == "pair" else None,
+        )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive layers on one pipeline process."""
+
+    first: int
+    """Index of its first layer in the model."""
+    layers: int
+    embedding: bool
+    """Whether the embedding is here."""
+    head: bool
+    """Whether the final norm and the output layer are here."""
+
+
+def chunks(work: Work, layout: Layout, stage: int) -> list[Chunk]:
+    """Return what pipeline process ``stage`` holds, as Megatron assigns layers: one chunk, or ``virtual`` of them."""
+    size = work.model.num_layers // (layout.pipeline * layout.virtual)
+    places = [virtual * layout.pipeline + stage for virtual in range(layout.virtual)]
+    last = layout.pipeline * layout.virtual - 1
+    return [Chunk(place * size, size, place == 0, place == last) for place in places]
+
+
+def _divisors(number: int) -> list[int]:
+    return [value for value in range(1, number + 1) if number % value == 0]
+
+
+def layouts(work: Work, world: int, gpus_per_node: int) -> Iterator[Layout]:
+    """Yield every layout that can run; tensor-parallel processes stay within a node.
+
+    Context parallelism needs Transformer Engine's attention. A micro batch is a power of two up to 8. Distributed
+    optimizer wherever there is something to share: it needs less memory and sends less than without.
+    """
+    expert_sizes = _divisors(math.gcd(work.model.num_experts, world)) if work.kind == "moe" else [1]
+    contexts = [1, 2, 4, 8] if work.backend == "te" else [1]
+    for tensor in _divisors(math.gcd(world, gpus_per_node)):
+        for pipeline in _divisors(math.gcd(work.model.num_layers, world)):
+            virtuals = _divisors(work.model.num_layers // pipeline) if pipeline > 1 else [1]
+            for context in contexts:
+                for expert in expert_sizes:
+                    # Megatron sums the gradients of replicated experts over the right processes only with EP.
+                    for expert_tensor in {tensor, 1} if expert > 1 else {tensor}:
+                        whole = Layout(world, tensor, pipeline, 1, context, expert, expert_tensor)
+                        if world % (tensor * pipeline * context) or world % (expert_tensor * expert * pipeline):
+                            continue
+                        if replace(whole, micro_batch=1).problem(work):
+                            continue
+                        yield from _settings(work, whole, virtuals)
+
+
+def _settings(work: Work, whole: Layout, virtuals: list[int]) -> Iterator[Layout]:
+    for virtual in virtuals:
+        for micro_batch in (1, 2, 4, 8):
+            layout = replace(
+                whole,
+                virtual=virtual,
+                micro_batch=micro_batch,
+                distributed=max(whole.shards, whole.expert_shards) > 1,
+            )
+            if layout.problem(work) is None:
+                yield layout
+                yield replace(layout, recompute=True)
