@@ -76,7 +76,7 @@ def plan(mode: Mode, config: TrainConfig, world_size: int) -> Plan:
     """
     data_parallel = data_parallel_size(config.parallel, world_size)
     config.validate(data_parallel)
-    planned = _plan_expert(config) if mode == "expert" else _plan_other(mode, config)
+    planned = plan_expert(config) if mode == "expert" else _plan_other(mode, config)
     if config.data.seq_length > planned.card.model.max_position_embeddings:
         raise FlexOlmoError(
             f"data.seq_length = {config.data.seq_length}: expected at most model.max_position_embeddings = "
@@ -140,7 +140,12 @@ def _mixture(config: TrainConfig, source: LazyModel | None) -> LazyModel:
     return random_model(ModelCard("moe", model, [ExpertRecord(name) for name in names]), config.seed)
 
 
-def _plan_expert(config: TrainConfig) -> Plan:
+def plan_expert(config: TrainConfig) -> Plan:
+    """What an owner's run starts from: of ``config``, ``anchor`` and ``expert`` are used.
+
+    Raises:
+        FlexOlmoError: the anchor is missing or of the wrong kind, or the expert does not fit it.
+    """
     if config.anchor is None:
         raise FlexOlmoError("anchor has no value: an expert needs the published anchor; set anchor=PATH")
     check_expert_name(config.expert.name)
@@ -186,26 +191,55 @@ def start(planned: Plan, config: TrainConfig) -> Start:
     card = planned.card
     if planned.anchor is None:
         return Start(card, _filled(config, planned))
-    digests = on_first_rank(lambda: _digests(planned.anchor))
-    card.anchor_digest = digests["anchor"]
-    rows, made = _first_rows(config, planned.anchor, digests["dense"])
+    rows = name_anchor(planned, config)
     if card.kind == "dense":
         return Start(card, _filled(config, planned))
-    card.experts[1].router = made
     chunks = _build(
         config,
         card,
         anchor_ffn_hidden_size=planned.anchor_ffn_hidden_size,
         domain_loss_coeff=config.expert.domain_loss_coeff,
     )
-    load_anchor(chunks, planned.anchor)
-    init_expert_from_anchor(chunks, planned.anchor)
+    fill_pair(chunks, planned.anchor, rows)
+    return Start(card, _wrap(config, chunks))
+
+
+def name_anchor(planned: Plan, config: TrainConfig) -> torch.Tensor:
+    """Write into an expert's card which anchor it is for and how its router row was made. Called by all ranks.
+
+    Args:
+        planned: of an expert run.
+        config: of it ``anchor``, ``expert`` and ``seed`` are used.
+
+    Returns:
+        The owner's first router rows `[L or 1, h]`, fp32.
+
+    Raises:
+        FlexOlmoError: the domain vector was made for another anchor.
+    """
+    digests = on_first_rank(lambda: _digests(planned.anchor))
+    planned.card.anchor_digest = digests["anchor"]
+    rows, made = _first_rows(config, planned.anchor, digests["dense"])
+    if planned.card.kind == "pair":
+        planned.card.experts[1].router = made
+    return rows
+
+
+@torch.no_grad()
+def fill_pair(chunks: list[GPTModel], anchor: LazyModel, rows: torch.Tensor) -> None:
+    """Put the anchor into both halves of a pair model and the rows into its routers; freeze what is the anchor's.
+
+    Args:
+        chunks: this rank's part, all of its virtual pipeline stages.
+        anchor: the published anchor.
+        rows: from ``name_anchor``.
+    """
+    load_anchor(chunks, anchor)
+    init_expert_from_anchor(chunks, anchor)
     for chunk in chunks:
         for layer in chunk.decoder.layers:
-            with torch.no_grad():
-                layer.mlp.router.row.copy_(rows[layer.layer_number - 1 if len(rows) > 1 else 0])
+            layer.mlp.router.row.copy_(rows[layer.layer_number - 1 if len(rows) > 1 else 0])
         freeze_anchor(chunk)
-    return Start(card, _wrap(config, chunks))
 
 
 def _filled(config: TrainConfig, planned: Plan) -> list[DistributedDataParallel]:
