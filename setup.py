@@ -8,7 +8,10 @@ setup(
     description="FlexOlmo (arXiv 2507.07024) as a plugin for Megatron-core",
     license="Apache-2.0",
     packages=find_packages(include=["flexolmo_megatron", "flexolmo_megatron.*"]),
-    package_data={"flexolmo_megatron.config": ["presets/*.yaml"]},
+    package_data={
+        "flexolmo_megatron.config": ["presets/*.yaml"],
+        "flexolmo_megatron.launch": ["templates/*"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",

@@ -9,7 +9,7 @@ from importlib import import_module
 from flexolmo_megatron import __version__
 from flexolmo_megatron.errors import FlexOlmoError
 
-COMMANDS = ("data", "train", "embed", "convert", "exchange", "generate", "evaluation", "bench")
+COMMANDS = ("data", "train", "embed", "convert", "exchange", "generate", "evaluation", "bench", "launch")
 """Modules of ``flexolmo_megatron.commands``, in the order of the help."""
 
 

@@ -21,6 +21,7 @@ VERBS = (
     "eval",
     "plot",
     "bench",
+    "launch",
 )
 
 

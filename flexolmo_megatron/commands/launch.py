@@ -1,0 +1,63 @@
+"""``flexolmo launch``: anchor, experts and merge as jobs of a Slurm cluster."""
+
+import argparse
+
+_EXAMPLE = """\
+example of a small CONFIG.yaml (examples/slurm/launch.yaml has all of it):
+  out: runs/wards
+  slurm: {partition: gpu, time: '12:00:00', nodes: 2, gpus_per_node: 8, setup: [source .venv/bin/activate]}
+  published: anchor
+  experts:
+    config: [expert.yaml]
+    each:
+      notes: {documents: [notes/*.jsonl], options: ['data.train=[data/notes]']}
+      code: {documents: [code/*.jsonl], options: ['data.train=[data/code]']}
+  merge: {domains: {notes: [notes_valid/*.jsonl]}}
+
+options of CONFIG.yaml:
+
+"""
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "launch", help="train and merge as jobs of a Slurm cluster",
+        description="Submit up to three jobs to Slurm: the public anchor; an array job that trains all experts at "
+                    "once; and, if all of them succeed, the merge with its evaluation. Jobs that are preempted or "
+                    "reach their time limit save, requeue themselves and go on. The scripts are kept in OUT/slurm, one "
+                    "log per process in OUT/logs, and what happened in OUT/launch.log. A second launch does what is "
+                    "missing.",
+        epilog=_EXAMPLE + _describe_options(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the jobs, and what they ask of Slurm")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print the scripts and how they would be submitted; write and submit nothing")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE",
+                        help="single options, for example slurm.partition=debug")
+    parser.set_defaults(run=run)
+
+
+def _describe_options() -> str:
+    from flexolmo_megatron.config.describe import describe
+    from flexolmo_megatron.launch.config import AnchorJob, Expert, ExpertsJob, LaunchConfig, MergeJob
+
+    sections = {"": LaunchConfig, "anchor.": AnchorJob, "experts.": ExpertsJob, "experts.each.NAME.": Expert,
+                "merge.": MergeJob}
+    return "\n".join(describe(schema, prefix) for prefix, schema in sections.items())
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run ``flexolmo launch``."""
+    from flexolmo_megatron.launch.config import load_launch
+    from flexolmo_megatron.launch.slurm import plan_jobs, show, submit
+
+    config = load_launch(args.config, args.overrides)
+    jobs = plan_jobs(config)
+    if not jobs:
+        print(f"{config.out}: everything is there already")
+    elif args.dry_run:
+        print(show(config, jobs), end="")
+    else:
+        for stage, number in submit(config, jobs).items():
+            print(f"{stage}: job {number}, {config.out}/slurm/{stage}.sbatch")
+        print(f"what happens is in {config.out}/launch.log")

@@ -1,0 +1,135 @@
+"""A launch's configuration to batch scripts: the templates of ``launch/templates``, filled in.
+
+The templates are Slurm batch files with ``{{name}}`` where something goes in. Everything from the configuration is
+quoted for the shell, except ``setup`` and ``python``, which are meant for it.
+"""
+
+import shlex
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from flexolmo_megatron.launch.config import Expert, ExpertsJob, LaunchConfig, SlurmConfig, job_slurm, training_of
+
+
+class _BatchFile(Template):
+    """string.Template with ``{{name}}``, which no shell script has a use for."""
+
+    pattern = r"\{\{(?:(?P<named>[a-z_]+)\}\}|(?P<braced>(?!))|(?P<escaped>(?!))|(?P<invalid>))"
+
+
+def template(name: str) -> str:
+    """The text of a file in ``launch/templates``."""
+    return files("flexolmo_megatron.launch").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def published_anchor(config: LaunchConfig) -> str:
+    """Where the experts' anchor is, or will be."""
+    return config.published or str(Path(config.out, "anchor"))
+
+
+def package_of(config: LaunchConfig, name: str) -> Path:
+    """Where an expert's job leaves its package."""
+    return Path(config.out, "experts", name, "package")
+
+
+def render_anchor(config: LaunchConfig) -> str:
+    """The script that trains the anchor and publishes it."""
+    job = config.anchor
+    assert job is not None
+    return _render("anchor", config, "logs/anchor.log", training=_training(job.preset, job.config, job.options),
+                   documents=shlex.join(job.documents), embed=shlex.join(config.embed_arguments))
+
+
+def render_experts(config: LaunchConfig, names: list[str]) -> str:
+    """The script of the array job that trains the experts ``names``; other indices of the array are left out."""
+    job = config.experts
+    assert job is not None
+    every = list(job.each)
+    cases = "\n".join(_case(index, name, job, expert) for index, (name, expert) in enumerate(job.each.items()))
+    return _render("experts", config, "logs/experts_%a.log", array=",".join(str(every.index(name)) for name in names),
+                   anchor=shlex.quote(published_anchor(config)), cases=cases, embed=shlex.join(config.embed_arguments))
+
+
+def _case(index: int, name: str, job: ExpertsJob, expert: Expert) -> str:
+    """The lines of one expert in the script of all experts."""
+    merged = training_of(job, expert)
+    vector = '"$out/experts/$name/domain.npz"' if expert.domain_vector is None else shlex.quote(expert.domain_vector)
+    described = [word for option in ("owner", "licence", "contact") if getattr(expert, option)
+                 for word in (f"--{option}", getattr(expert, option))]
+    return "\n".join((
+        f"{index})",
+        f"    name={shlex.quote(name)}",
+        f"    vector={vector}",
+        f"    documents=({shlex.join(expert.documents)})",
+        f"    training=({_training(merged.preset, merged.config, merged.options)})",
+        f"    package=({shlex.join(described)})",
+        "    ;;",
+    ))
+
+
+def render_merge(config: LaunchConfig) -> str:
+    """The script that merges and evaluates."""
+    job = config.merge
+    assert job is not None
+    names = list(config.experts.each) if config.experts else []
+    packages = [*(str(package_of(config, name)) for name in names), *job.packages]
+    return _render("merge", config, "logs/merge.log", anchor=shlex.quote(published_anchor(config)),
+                   packages=shlex.join(packages), merge=shlex.join(job.merge_arguments),
+                   evaluation=_evaluation(names, job.domains, job.eval_arguments))
+
+
+def _evaluation(names: list[str], domains: dict[str, list[str]], arguments: list[str]) -> str:
+    """The public model, the merged one, and the merged one without each expert, on every domain."""
+    if not domains:
+        return ""
+    words = ['--model public="$anchor"', '--model merged="$out/merged"']
+    words += [f'--model {shlex.quote(f"without {name}=")}"$out/merged"@-{shlex.quote(name)}' for name in names]
+    words += [f"--domain {shlex.quote(f'{name}={pattern}')}" for name, patterns in domains.items()
+              for pattern in patterns]
+    words += [shlex.join(arguments)] if arguments else []
+    lines = ['single eval --out "$out/evaluation" --reference public --routing', *words]
+    return 'if [ ! -e "$out/evaluation" ]; then\n    ' + " \\\n        ".join(lines) + "\nfi"
+
+
+def _training(preset: str | None, configs: list[str], options: list[str]) -> str:
+    words = ["--preset", preset] if preset is not None else []
+    return shlex.join([*words, *(word for path in configs for word in ("--config", path)), *options])
+
+
+def _render(stage: str, config: LaunchConfig, log: str, **values: str) -> str:
+    slurm = job_slurm(config, stage)
+    text = _BatchFile(template(f"{stage}.sbatch")).substitute(
+        sbatch="\n".join(f"#SBATCH {line}" for line in _sbatch_lines(stage, config, slurm, log)),
+        setup="\n".join(slurm.setup), out=shlex.quote(config.out), python=slurm.python, requeues=slurm.requeues,
+        srun_options=" ".join(_options(slurm.srun_options)), **values)
+    lines = [line.rstrip() for line in text.splitlines()]
+    # Where nothing was filled in, one empty line is enough.
+    kept = [line for index, line in enumerate(lines) if line or index == 0 or lines[index - 1]]
+    return "\n".join(kept) + "\n"
+
+
+def _sbatch_lines(stage: str, config: LaunchConfig, slurm: SlurmConfig, log: str) -> list[str]:
+    options: dict[str, Any] = {
+        "job-name": f"{Path(config.out).name}-{stage}", "account": slurm.account, "partition": slurm.partition,
+        "qos": slurm.qos, "time": slurm.time, "nodes": slurm.nodes,
+        "ntasks-per-node": slurm.tasks_per_node or slurm.gpus_per_node or 1, "cpus-per-task": slurm.cpus_per_task,
+        "gpus-per-node": slurm.gpus_per_node or None, "output": f"{config.out}/{log}", "open-mode": "append",
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    # Not to the batch shell, which has nothing to do but to wait for the processes that hear it.
+    given |= {"requeue": True, "signal": f"USR1@{slurm.warn_seconds}", "kill-on-invalid-dep": "yes"}
+    return _options(given | slurm.options)
+
+
+def _options(options: dict[str, Any]) -> list[str]:
+    """``{mem: 0, exclusive: true}`` as ``--mem=0 --exclusive``; false leaves an option out."""
+    words = []
+    for name, value in options.items():
+        if value is None or value is True:
+            words.append(f"--{name}")
+        elif value is not False:
+            words.append(f"--{name}={value}" if str(value).isprintable() and not set(str(value)) & set(" '$`;&|<>()*?#")
+                         else f'--{name}="{value}"')
+    return words
