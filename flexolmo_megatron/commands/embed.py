@@ -92,7 +92,7 @@ def _compare(vector: "DomainVector", anchor: "LazyModel") -> None:
     import torch
 
     from flexolmo_megatron.domain.publish import public_rows
-    from flexolmo_megatron.exchange.manifest import printable
+    from flexolmo_megatron.untrusted import printable
 
     public = public_rows(anchor)
     if public is None:

@@ -35,7 +35,8 @@ def _register_pack(subparsers: argparse._SubParsersAction) -> None:
                              "does not record its digest")
     parser.add_argument("--domain-vector", metavar="FILE",
                         help="router row of a dense copy that was trained without coordination "
-                             "(expert.coordination=false), whose feed-forward networks are then packed; needs --name")
+                             "(expert.coordination=false), whose feed-forward networks are then packed; needs --name "
+                             "and --anchor, with which it is compared")
     parser.set_defaults(run=run_pack)
 
 
@@ -97,11 +98,11 @@ def run_pack(args: argparse.Namespace) -> None:
     from flexolmo_megatron.exchange.verify import AnchorReference
 
     pair = open_model(args.checkpoint)
+    anchor = None if args.anchor is None else open_model(args.anchor)
     if args.domain_vector is not None:
-        pair = _uncoordinated(pair, args.domain_vector, args.name)
+        pair = _uncoordinated(pair, anchor, args)
     digest = None
-    if args.anchor is not None:
-        anchor = open_model(args.anchor)
+    if anchor is not None:
         with byte_progress(total_bytes(anchor), "digest of the anchor") as add:
             digest = AnchorReference.of(anchor, progress=add).digest
     name = args.name or (pair.card.experts[-1].name if pair.card.kind == "pair" else "")
@@ -111,19 +112,30 @@ def run_pack(args: argparse.Namespace) -> None:
     print(f"{args.out}: expert {manifest.name}, {total_bytes(pair) / 1e9:,.3f} GB, for anchor {manifest.anchor_digest}")
 
 
-def _uncoordinated(dense: "LazyModel", path: str, name: str | None) -> "LazyModel":
+def _uncoordinated(dense: "LazyModel", anchor: "LazyModel | None", args: argparse.Namespace) -> "LazyModel":
     """What an owner who trained a dense copy (expert.coordination=false) hands over."""
     import torch
 
-    from flexolmo_megatron.config.card import ExpertRecord
+    from flexolmo_megatron.config.card import ExpertRecord, check_expert_name
     from flexolmo_megatron.convert.variants import as_pair
+    from flexolmo_megatron.domain.publish import dense_digest
     from flexolmo_megatron.domain.vector import load_vector
 
     if dense.card.kind != "dense":
         raise FlexOlmoError(f"--domain-vector is for a dense copy, this checkpoint is of kind {dense.card.kind!r}")
-    vector = load_vector(path)
-    vector.check_fits(dense.card.model.num_layers, dense.card.model.hidden_size, path)
-    return as_pair(dense, torch.from_numpy(vector.vectors), ExpertRecord(name or "", router=vector.record()))
+    if args.name is None:
+        raise FlexOlmoError("--domain-vector needs --name: a dense copy does not record the name of an expert")
+    if anchor is None:
+        raise FlexOlmoError("--domain-vector needs --anchor: a vector that was made with another one makes no router "
+                            "row")
+    check_expert_name(args.name)
+    vector = load_vector(args.domain_vector)
+    vector.check_fits(dense.card.model.num_layers, dense.card.model.hidden_size, args.domain_vector)
+    digest = dense_digest(anchor)
+    if vector.dense_digest != digest:
+        raise FlexOlmoError(f"{args.domain_vector} was made with another anchor (digest {vector.dense_digest[:12]}…): "
+                            f"expected one made with {args.anchor} (digest {digest[:12]}…)")
+    return as_pair(dense, torch.from_numpy(vector.vectors), ExpertRecord(args.name, router=vector.record()))
 
 
 def run_verify(args: argparse.Namespace) -> None:

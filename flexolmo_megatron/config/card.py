@@ -2,22 +2,37 @@
 
 It lies in every Megatron checkpoint that this package writes and beside the ``config.json`` of every Hugging Face
 directory that it exports (transformers ignores it; a directory without one gets numbered expert names).
+
+It may come from a stranger, within a published anchor or a merged model: ``ModelCard.load`` checks every value.
 """
 
-from dataclasses import asdict, dataclass, field
+import math
+import re
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from flexolmo_megatron.config.model import ModelConfig
-from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.files import read_json, write_json
+from flexolmo_megatron.errors import FlexOlmoError, nearest
+from flexolmo_megatron.files import write_json
+from flexolmo_megatron.untrusted import check_digest, check_fields, check_number, check_text, parse_strict_json, shown
 
 CARD_FILE = "flexolmo.json"
 FORMAT_VERSION = 1
 PUBLIC = "public"
 """Name of the anchor's own expert: always expert 0, and never excluded."""
 
+MAX_CARD_BYTES = 16 * 1024 * 1024
+"""Enough for a thousand experts with the longest texts."""
+ROUTER_FIELDS = {"embedder": str, "documents": int}
+"""How a router row was made: name of the embedder, number of documents whose embeddings were averaged."""
+
 Kind = Literal["dense", "moe", "pair"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_WHAT = "the card of a FlexOlmo checkpoint"
+_DTYPES = ("bfloat16", "float16", "float32")
+_MAX_NUMBER = 2**31
 
 
 @dataclass
@@ -35,7 +50,7 @@ class ExpertRecord:
     contact: str = ""
     """Free text from the package."""
     router: dict[str, Any] = field(default_factory=dict)
-    """How its router row was made: embedder, number of documents."""
+    """Some of ``ROUTER_FIELDS``."""
 
 
 @dataclass
@@ -60,6 +75,9 @@ class ModelCard:
     """Type of that anchor's tensors, as "bfloat16": what a package is written in, whatever the run computed in."""
     training: dict[str, Any] = field(default_factory=dict)
     """Summary of the run: tokens, steps, lr, seed."""
+    chosen_top_k: int | None = None
+    """The top-k that somebody chose for a merged model, whatever number of experts it has at the moment; None where
+    top-k follows from that number."""
 
     def __post_init__(self) -> None:
         expected = self.model.num_experts
@@ -69,9 +87,11 @@ class ModelCard:
             raise FlexOlmoError(
                 f"{len(self.experts)} expert names for model.num_experts = {expected}: expected one each"
             )
-        names = self.expert_names
-        if len(set(names)) != len(names):
-            raise FlexOlmoError(f"expert names must be unique, got {names}")
+        names = [name.lower() for name in self.expert_names]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise FlexOlmoError(f"expert name {self.experts[number].name!r} appears twice: every expert of a model "
+                                    "needs its own name, and upper and lower case count as the same")
 
     @property
     def expert_names(self) -> list[str]:
@@ -86,18 +106,142 @@ class ModelCard:
         """Read the card of ``directory``.
 
         Raises:
-            FlexOlmoError: it is missing, broken, or of another format version.
+            FlexOlmoError: it is missing, broken, of another format version, or one of its values is impossible.
         """
-        path = directory / CARD_FILE
-        values = read_json(path, "the card of a FlexOlmo checkpoint")
+        path = Path(directory) / CARD_FILE
+        data = _read(path)
         try:
-            version = values.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise FlexOlmoError(f"{path}: format_version {version!r}: expected {FORMAT_VERSION}")
-            model = ModelConfig.from_dict(values.pop("model"), str(path))
-            experts = [ExpertRecord(**expert) for expert in values.pop("experts")]
-            return cls(model=model, experts=experts, **values)
-        except FlexOlmoError:
-            raise
-        except (AttributeError, KeyError, TypeError) as error:
-            raise FlexOlmoError(f"{path} is not the card of a FlexOlmo checkpoint: {error}") from error
+            return _parse(data)
+        except FlexOlmoError as error:
+            raise FlexOlmoError(f"{path}: {error}") from None
+
+
+def check_expert_name(name: Any) -> None:
+    """Refuse a name that could not be used in a path, in a list with commas or on a terminal.
+
+    Raises:
+        FlexOlmoError: too long, other characters, "..", or the reserved name of the anchor's own expert.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
+        raise FlexOlmoError(f"expert name {shown(name)}: expected 1 to 64 of A-Z a-z 0-9 . _ -, starting with a "
+                            "letter or digit and without '..'")
+    if name.lower() == PUBLIC:
+        raise FlexOlmoError(f"expert name {name!r} is reserved for the anchor's own expert; choose another")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if not path.exists():
+            raise FlexOlmoError(f"{path} does not exist; expected {_WHAT}")
+        if not path.is_file():  # also keeps us from waiting for the writer of a FIFO
+            raise FlexOlmoError(f"{path} is no regular file; expected {_WHAT}")
+        with open(path, "rb") as file:
+            data = file.read(MAX_CARD_BYTES + 1)
+    except OSError as error:
+        raise FlexOlmoError(f"{path} cannot be read ({error.strerror}); expected {_WHAT}") from None
+    if len(data) > MAX_CARD_BYTES:
+        raise FlexOlmoError(f"{path} is larger than {MAX_CARD_BYTES} bytes, the limit for {_WHAT}")
+    return data
+
+
+def _parse(data: bytes) -> ModelCard:
+    values = parse_strict_json(data)
+    if not isinstance(values, dict):
+        raise FlexOlmoError(f"expected a JSON object, got {shown(values)}")
+    version = values.pop("format_version", None)
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise FlexOlmoError(f"format_version {shown(version)}: expected {FORMAT_VERSION}")
+    _check_names(values, ModelCard, "")
+    model = _object(values, "model")
+    experts = values.get("experts", [])
+    if not isinstance(experts, list):
+        raise FlexOlmoError(f"experts = {shown(experts)}: expected a list")
+    records = [_expert(value, number) for number, value in enumerate(experts)]
+    _check_values(values)
+    card = ModelCard(**{**values, "model": _model(model), "experts": records})
+    _check_kind(card)
+    return card
+
+
+def _check_names(values: dict[str, Any], schema: type, prefix: str) -> None:
+    known = {field.name: field for field in fields(schema)}
+    for key in values:
+        if key not in known:
+            raise FlexOlmoError(f"unknown field {shown(prefix + key)}{nearest(key, known)}")
+    for name, entry in known.items():
+        if name not in values and entry.default is MISSING and entry.default_factory is MISSING:
+            raise FlexOlmoError(f"field {prefix + name!r} is missing")
+
+
+def _object(values: dict[str, Any], key: str) -> dict[str, Any]:
+    value = values.get(key, {})
+    if not isinstance(value, dict):
+        raise FlexOlmoError(f"{key} = {shown(value)}: expected a JSON object")
+    return value
+
+
+def _model(values: dict[str, Any]) -> ModelConfig:
+    for key, value in values.items():
+        if type(value) in (int, float) and not 0 <= value <= _MAX_NUMBER:
+            raise FlexOlmoError(f"model.{key} = {shown(value)}: expected a number from 0 to {_MAX_NUMBER}")
+    try:
+        model = ModelConfig.from_dict(values, "")
+    except FlexOlmoError as error:
+        raise FlexOlmoError(str(error).removeprefix(": ")) from None
+    for key in ("rotary_base", "layernorm_epsilon"):
+        if not 0 < getattr(model, key) < math.inf:
+            raise FlexOlmoError(f"model.{key} = {getattr(model, key)}: expected a number above 0")
+    return model
+
+
+def _expert(values: Any, number: int) -> ExpertRecord:
+    what = f"experts[{number}]"
+    if not isinstance(values, dict):
+        raise FlexOlmoError(f"{what} = {shown(values)}: expected a JSON object")
+    _check_names(values, ExpertRecord, f"{what}.")
+    if number == 0:
+        if values["name"] != PUBLIC:
+            raise FlexOlmoError(f"{what}.name = {shown(values['name'])}: expected {PUBLIC!r}, the anchor's own expert")
+    else:
+        try:
+            check_expert_name(values["name"])
+        except FlexOlmoError as error:
+            raise FlexOlmoError(f"{what}: {error}") from None
+    if values.get("package_sha256") is not None:
+        check_digest(f"{what}.package_sha256", values["package_sha256"])
+    for key in ("owner", "licence", "contact"):
+        check_text(f"{what}.{key}", values.get(key, ""))
+    check_fields(f"{what}.router", values.get("router", {}), ROUTER_FIELDS)
+    return ExpertRecord(**values)
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    """Check the fields that are neither the model nor experts."""
+    kinds = get_args(Kind)
+    if values["kind"] not in kinds:
+        raise FlexOlmoError(f"kind = {shown(values['kind'])}: expected one of {', '.join(kinds)}")
+    tokenizer = values.get("tokenizer", {"type": "byte"})
+    named = isinstance(tokenizer, dict) and tokenizer.keys() == {"type", "path"} and tokenizer["type"] == "huggingface"
+    if tokenizer != {"type": "byte"} and not named:
+        raise FlexOlmoError(f"tokenizer = {shown(tokenizer)}: expected {{'type': 'byte'}}, or 'huggingface' and a "
+                            "'path'")
+    if named:
+        check_text("tokenizer.path", tokenizer["path"])
+    if values.get("anchor_digest") is not None:
+        check_digest("anchor_digest", values["anchor_digest"])
+    if values.get("anchor_path") is not None:
+        check_text("anchor_path", values["anchor_path"])
+    if values.get("anchor_dtype") not in (None, *_DTYPES):
+        raise FlexOlmoError(f"anchor_dtype = {shown(values['anchor_dtype'])}: expected one of {', '.join(_DTYPES)}")
+    _object(values, "training")
+    if values.get("chosen_top_k") is not None:
+        check_number("chosen_top_k", values["chosen_top_k"], int, smallest=1, largest=_MAX_NUMBER)
+
+
+def _check_kind(card: ModelCard) -> None:
+    count, top_k = card.model.num_experts, card.model.top_k
+    if card.kind == "moe" and count < 1:
+        raise FlexOlmoError(f"model.num_experts = {count}: expected 1 or more for a model of kind 'moe'")
+    if card.kind == "pair" and (count, top_k) != (2, 2):
+        raise FlexOlmoError(f"model.num_experts = {count}, model.top_k = {top_k}: expected 2 and 2 for a model of kind "
+                            "'pair'")

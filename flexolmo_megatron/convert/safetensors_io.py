@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 
@@ -98,44 +98,62 @@ def _parse_entry(name: str, entry: Any, data_start: int, path: Path) -> tuple[Te
     return info, data_start + offsets[1]
 
 
+class Header(NamedTuple):
+    """The checked header of a safetensors file."""
+
+    raw: bytes
+    """The file's first bytes, up to its first tensor."""
+    entries: dict[str, TensorInfo]
+    """By name, in the order of the data. Together the tensors cover the file's data without gap or overlap."""
+
+
 def read_header(path: str | os.PathLike, max_header_bytes: int = MAX_HEADER_BYTES) -> dict[str, TensorInfo]:
     """Read and check the header of a safetensors file; its tensors stay on disk.
 
     Returns:
-        name -> TensorInfo, in the order of the data. Together the tensors cover the file's data without gap or overlap.
+        ``Header.entries``.
 
     Raises:
-        FlexOlmoError: the file is missing, no safetensors file, truncated, or inconsistent in any way; or its header is
-            larger than ``max_header_bytes``.
+        FlexOlmoError: the file is missing, or as for ``read_open_header``.
     """
     path = Path(path)
     try:
         with open(path, "rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise FlexOlmoError(f"{path} is not a file: expected a safetensors file")
-            start = file.read(8)
-            if len(start) < 8:
-                raise FlexOlmoError(f"{path} has {status.st_size} bytes: expected a safetensors file, which has at "
-                                    "least 8")
-            length = struct.unpack("<Q", start)[0]
-            if length > max_header_bytes:
-                raise FlexOlmoError(f"{path}: safetensors header of {length} bytes: expected at most "
-                                    f"{max_header_bytes}")
-            if 8 + length > status.st_size:
-                raise FlexOlmoError(f"{path} is truncated or no safetensors file: its header should have {length} "
-                                    f"bytes, the whole file has {status.st_size}")
-            raw = b""
-            while len(raw) < length and (more := file.read(length - len(raw))):
-                raw += more
+            return read_open_header(file.fileno(), path, max_header_bytes).entries
     except IsADirectoryError:
         raise FlexOlmoError(f"{path} is a directory: expected a safetensors file") from None
     except FileNotFoundError:
         raise FlexOlmoError(f"{path} does not exist; expected a safetensors file") from None
     except OSError as error:
         raise FlexOlmoError(f"{path} cannot be read: {error.strerror}") from error
-    if len(raw) < length:
-        raise FlexOlmoError(f"{path} was truncated while it was read")
+
+
+def read_open_header(descriptor: int, where: str | os.PathLike, max_header_bytes: int = MAX_HEADER_BYTES) -> Header:
+    """Read and check the header of an open safetensors file, whose position is neither used nor moved.
+
+    Args:
+        descriptor: of the file, open for reading.
+        where: names the file in an error.
+        max_header_bytes: a longer header is refused before memory is allocated for it.
+
+    Raises:
+        FlexOlmoError: no regular file, no safetensors file, truncated, or inconsistent in any way; or its header is
+            larger than ``max_header_bytes``.
+    """
+    path = Path(where)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise FlexOlmoError(f"{path} is not a file: expected a safetensors file")
+    if status.st_size < 8:
+        raise FlexOlmoError(f"{path} has {status.st_size} bytes: expected a safetensors file, which has at least 8")
+    start = _read_bytes(descriptor, 0, 8, path)
+    length = struct.unpack("<Q", start)[0]
+    if length > max_header_bytes:
+        raise FlexOlmoError(f"{path}: safetensors header of {length} bytes: expected at most {max_header_bytes}")
+    if 8 + length > status.st_size:
+        raise FlexOlmoError(f"{path} is truncated or no safetensors file: its header should have {length} bytes, the "
+                            f"whole file has {status.st_size}")
+    raw = _read_bytes(descriptor, 8, length, path)
     entries = {name: _parse_entry(name, entry, 8 + length, path) for name, entry in _parse_header(raw, path).items()}
     position = 8 + length
     ordered = sorted(entries.items(), key=lambda item: (item[1][0].offset, item[1][1]))
@@ -148,7 +166,19 @@ def read_header(path: str | os.PathLike, max_header_bytes: int = MAX_HEADER_BYTE
     if position != status.st_size:
         problem = "is truncated" if position > status.st_size else "has trailing bytes"
         raise FlexOlmoError(f"{path} {problem}: {status.st_size} bytes, expected {position}")
-    return {name: info for name, (info, _) in ordered}
+    return Header(start + raw, {name: info for name, (info, _) in ordered})
+
+
+def _read_bytes(descriptor: int, offset: int, length: int, path: Path) -> bytes:
+    data = b""
+    try:
+        while len(data) < length and (more := os.pread(descriptor, length - len(data), offset + len(data))):
+            data += more
+    except OSError as error:
+        raise FlexOlmoError(f"{path} cannot be read: {error.strerror}") from error
+    if len(data) < length:
+        raise FlexOlmoError(f"{path} was truncated while it was read")
+    return data
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

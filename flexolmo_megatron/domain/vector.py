@@ -12,7 +12,6 @@ import io
 import json
 import math
 import os
-import re
 import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.exchange.manifest import parse_strict_json
 from flexolmo_megatron.files import atomic_file
+from flexolmo_megatron.untrusted import check_digest, parse_strict_json, shown
 
 FORMAT_VERSION = 1
 MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -32,7 +31,6 @@ MAX_HIDDEN = 2**20
 MAX_NAME = 256
 """Longest name of an embedder, in characters."""
 
-_HEX = re.compile(r"[0-9a-f]{64}")
 _WHAT = "a domain vector that 'flexolmo embed' wrote"
 
 
@@ -66,17 +64,15 @@ class DomainVector:
             raise FlexOlmoError(f"vectors have the shape {list(vectors.shape)}: expected 1 to {MAX_LAYERS} rows of 1 "
                                 f"to {MAX_HIDDEN} numbers")
         if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME or not name.isprintable():
-            raise FlexOlmoError(f"embedder = {_shown(name)}: expected a printable name of 1 to {MAX_NAME} characters")
+            raise FlexOlmoError(f"embedder = {shown(name)}: expected a printable name of 1 to {MAX_NAME} characters")
         for key in ("embedder_digest", "dense_digest"):
-            value = getattr(self, key)
-            if not isinstance(value, str) or not _HEX.fullmatch(value):
-                raise FlexOlmoError(f"{key} = {_shown(value)}: expected 64 lower-case hexadecimal digits")
+            check_digest(key, getattr(self, key))
         for key, smallest in (("documents", 1), ("dropped", 0), ("seed", 0)):
             value = getattr(self, key)
             if type(value) is not int or not smallest <= value < 2**63:
-                raise FlexOlmoError(f"{key} = {_shown(value)}: expected a whole number of at least {smallest}")
+                raise FlexOlmoError(f"{key} = {shown(value)}: expected a whole number of at least {smallest}")
         if type(self.norm) is not float or not 0 < self.norm < math.inf:
-            raise FlexOlmoError(f"norm = {_shown(self.norm)}: expected a number above 0")
+            raise FlexOlmoError(f"norm = {shown(self.norm)}: expected a number above 0")
         norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
         wrong = ~(np.abs(norms - self.norm) <= 1e-4 * self.norm)  # true for NaN and infinity, too
         if wrong.any():
@@ -129,12 +125,6 @@ def load_vector(path: str | os.PathLike) -> DomainVector:
         raise FlexOlmoError(f"{path}: {error}; expected {_WHAT}") from None
 
 
-def _shown(value: Any) -> str:
-    """``repr`` of a stranger's value, in at most 80 ASCII characters."""
-    text = ascii(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _read(path: Path) -> bytes:
     try:
         if not path.exists():
@@ -156,7 +146,7 @@ def _members(data: bytes, names: tuple[str, ...]) -> list[bytes]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
             if sorted(entry.filename for entry in entries) != sorted(names):
-                found = ", ".join(_shown(entry.filename) for entry in entries[:4]) or "nothing"
+                found = ", ".join(shown(entry.filename) for entry in entries[:4]) or "nothing"
                 raise FlexOlmoError(f"the archive holds {found}: expected {' and '.join(names)}")
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(data) for entry in entries):
                 raise FlexOlmoError("the archive is compressed")
@@ -164,7 +154,7 @@ def _members(data: bytes, names: tuple[str, ...]) -> list[bytes]:
     except FlexOlmoError:
         raise
     except Exception as error:  # zipfile passes on whatever struct, the codecs and seeking raise on a damaged archive
-        raise FlexOlmoError(f"not a sound ZIP archive ({_shown(str(error) or type(error).__name__)})") from None
+        raise FlexOlmoError(f"not a sound ZIP archive ({shown(str(error) or type(error).__name__)})") from None
 
 
 def _array(data: bytes, name: str, dtype: str, dimensions: int) -> np.ndarray:
@@ -178,15 +168,15 @@ def _array(data: bytes, name: str, dtype: str, dimensions: int) -> np.ndarray:
     except FlexOlmoError:
         raise
     except Exception as error:  # numpy passes on whatever literal_eval and tokenize raise on a strange header
-        raise FlexOlmoError(f"{name} has no sound .npy header ({_shown(str(error) or type(error).__name__)})") from None
+        raise FlexOlmoError(f"{name} has no sound .npy header ({shown(str(error) or type(error).__name__)})") from None
     if found != np.dtype(dtype):
-        raise FlexOlmoError(f"{name} is of type {_shown(str(found))}: expected {np.dtype(dtype).name}")
+        raise FlexOlmoError(f"{name} is of type {shown(str(found))}: expected {np.dtype(dtype).name}")
     if fortran_order or len(shape) != dimensions or not all(type(size) is int and size >= 0 for size in shape):
-        raise FlexOlmoError(f"{name} has the shape {_shown(shape)}: expected {dimensions} dimensions, row-major")
+        raise FlexOlmoError(f"{name} has the shape {shown(shape)}: expected {dimensions} dimensions, row-major")
     content = memoryview(data)[stream.tell():]
     if math.prod(shape) * found.itemsize != len(content):
         raise FlexOlmoError(f"{name} has {len(content)} bytes: expected {math.prod(shape)} times {found.itemsize}, "
-                            f"as its shape is {_shown(shape)}")
+                            f"as its shape is {shown(shape)}")
     return np.frombuffer(content, found).reshape(shape)
 
 
@@ -194,11 +184,11 @@ def _parse(data: bytes) -> DomainVector:
     raw_vectors, raw_metadata = _members(data, ("vectors.npy", "metadata.npy"))
     values = parse_strict_json(_array(raw_metadata, "metadata", "|u1", 1).tobytes())
     if not isinstance(values, dict):
-        raise FlexOlmoError(f"the metadata is {_shown(values)}: expected a JSON object")
+        raise FlexOlmoError(f"the metadata is {shown(values)}: expected a JSON object")
     version = values.pop("format_version", None)
     if type(version) is not int or version != FORMAT_VERSION:
-        raise FlexOlmoError(f"format_version = {_shown(version)}: this program reads version {FORMAT_VERSION}")
+        raise FlexOlmoError(f"format_version = {shown(version)}: this program reads version {FORMAT_VERSION}")
     expected = {field.name for field in fields(DomainVector)} - {"vectors"}
     for key in values.keys() ^ expected:
-        raise FlexOlmoError(f"{'unknown' if key in values else 'missing'} field {_shown(key)} in the metadata")
+        raise FlexOlmoError(f"{'unknown' if key in values else 'missing'} field {shown(key)} in the metadata")
     return DomainVector(vectors=_array(raw_vectors, "vectors", "<f4", 2).astype(np.float32), **values)

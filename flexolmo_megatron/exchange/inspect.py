@@ -18,9 +18,10 @@ from flexolmo_megatron.convert.huggingface import CONFIG_FILE
 from flexolmo_megatron.convert.lazy import LazyModel
 from flexolmo_megatron.convert.model import CHECKPOINTS, newest_checkpoint, open_model, total_bytes
 from flexolmo_megatron.exchange.digest import DTYPE_NAMES, model_digest
-from flexolmo_megatron.exchange.manifest import MANIFEST_FILE, printable
+from flexolmo_megatron.exchange.manifest import MANIFEST_FILE
 from flexolmo_megatron.exchange.package import open_package
 from flexolmo_megatron.exchange.progress import Progress, no_progress
+from flexolmo_megatron.untrusted import printable
 
 
 def describe(path: str | os.PathLike, *, digest: bool = False,

@@ -19,7 +19,6 @@ from typing import Literal
 import torch
 
 from flexolmo_megatron.config.card import ExpertRecord, ModelCard
-from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor, padded
 from flexolmo_megatron.convert.model import exclude_experts, save_model, total_bytes, watch
 from flexolmo_megatron.convert.names import expected_tensors
@@ -38,23 +37,30 @@ DEFAULT_TOP_K = 4
 
 
 def merge(base: LazyModel, packages: Sequence[VerifiedPackage], *, top_k: int | None = None) -> LazyModel:
-    """Add experts to a published anchor, or to a model merged from it.
+    """Add experts to a published anchor, or to a model merged from it; reads the anchor within ``base`` once.
+
+    What a package was verified against, and what a card says, is not relied on: the digest that every package names is
+    compared with the one of the anchor's own tensors. ``write_merged`` does the same while it writes.
 
     Args:
         base: kind "moe", first expert "public".
         packages: in the order of their new experts, from ``verify``.
-        top_k: active experts; by default min(number of experts, 4), or what a merged ``base`` had if that was chosen.
+        top_k: active experts; by default the number that was once chosen for a merged ``base``, otherwise 4, or all if
+            there are fewer.
 
     Raises:
         FlexOlmoError: an expert name is taken, a package does not fit ``base`` or the others, or top_k is impossible.
     """
     if not all(isinstance(package, VerifiedPackage) for package in packages):
         raise TypeError("merge takes packages from verify()")
-    return compose(base, packages, top_k=top_k)
+    merged = compose(base, packages, top_k=top_k)
+    if packages:  # all of them name the same anchor
+        check_fits(packages[0], AnchorReference.of(base))
+    return merged
 
 
 def compose(base: LazyModel, packages: Sequence[Package], *, top_k: int | None = None) -> LazyModel:
-    """``merge`` of packages whose contents are yet to be checked."""
+    """``merge`` of packages that are yet to be checked: their contents, and their anchor's digest against ``base``."""
     card = base.card
     digest = claimed_anchor(base, packages)
     if packages:
@@ -63,10 +69,10 @@ def compose(base: LazyModel, packages: Sequence[Package], *, top_k: int | None =
             check_fits(package, reference)
     first = card.model.num_experts
     count = first + len(packages)
-    _check_names([*card.expert_names, *(package.manifest.name for package in packages)])
     has_bias = card.model.router_bias or any(package.has_bias for package in packages)
+    chosen = _chosen_top_k(card) if top_k is None else top_k
     config = replace(card.model, num_experts=count, router_bias=has_bias,
-                     top_k=_default_top_k(card.model, count) if top_k is None else top_k)
+                     top_k=min(count, chosen or DEFAULT_TOP_K) if top_k is None else top_k)
     tensors = dict(base.tensors)
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}.mlp."
@@ -83,7 +89,7 @@ def compose(base: LazyModel, packages: Sequence[Package], *, top_k: int | None =
             tensors[prefix + "gate.bias"] = _appended(known, added)
     experts = [*card.experts, *(_record(package) for package in packages)]
     training = card.training if first > 1 else {}  # of the anchor alone it says nothing about the merged model
-    merged = replace(card, model=config, experts=experts, anchor_digest=digest, training=training)
+    merged = replace(card, model=config, experts=experts, anchor_digest=digest, training=training, chosen_top_k=chosen)
     # In the order of the model, which is also the order of each package's file: then it is hashed in one pass.
     return LazyModel(merged, {name: tensors[name] for name in expected_tensors(config, "moe")})
 
@@ -106,10 +112,14 @@ def claimed_anchor(base: LazyModel, packages: Sequence[Package]) -> str | None:
 def remove(merged: LazyModel, names: Sequence[str]) -> LazyModel:
     """Take experts out of a merged model. A router bias that is left with zeros only goes, too.
 
+    top_k becomes at most the number of experts that are left; one that was chosen is remembered, and comes back when
+    experts are added again.
+
     Raises:
         FlexOlmoError: an unknown name, or the anchor's own expert.
     """
-    rest = exclude_experts(merged, names)
+    rest = exclude_experts(LazyModel(replace(merged.card, chosen_top_k=_chosen_top_k(merged.card)), merged.tensors),
+                           names)
     biases = [tensor for name, tensor in rest.tensors.items() if name.endswith(".mlp.gate.bias")]
     return rest if any(bias.read().any() for bias in biases) else without_bias(rest)
 
@@ -202,17 +212,11 @@ def _save(model: LazyModel, staging: Path, out: Path, format: str, drop_bias: bo
         raise FlexOlmoError(str(error).replace(str(staging), str(out))) from error
 
 
-def _check_names(names: Sequence[str]) -> None:
-    for index, name in enumerate(names):
-        if name.lower() in (other.lower() for other in names[:index]):
-            raise FlexOlmoError(f"expert name {name!r} appears twice: every expert of a model needs its own name, and "
-                                "upper and lower case count as the same")
-
-
-def _default_top_k(config: ModelConfig, count: int) -> int:
-    if config.top_k == min(config.num_experts, DEFAULT_TOP_K):
-        return min(count, DEFAULT_TOP_K)
-    return min(count, config.top_k)
+def _chosen_top_k(card: ModelCard) -> int | None:
+    """The number of active experts that somebody chose; None if it follows from the number of experts."""
+    if card.chosen_top_k is None and card.model.top_k != min(card.model.num_experts, DEFAULT_TOP_K):
+        return card.model.top_k  # a model that was not merged by this package
+    return card.chosen_top_k
 
 
 def _record(package: Package) -> ExpertRecord:

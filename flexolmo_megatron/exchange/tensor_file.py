@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from flexolmo_megatron.convert.lazy import LazyTensor
-from flexolmo_megatron.convert.safetensors_io import TensorInfo, as_bytes, read_exactly, read_header
+from flexolmo_megatron.convert.safetensors_io import as_bytes, read_exactly, read_open_header
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.hash_pool import HashPool
 from flexolmo_megatron.exchange.safe_open import looks_pickled
@@ -46,14 +46,11 @@ class TensorFile:
         if looks_pickled(start):
             raise FlexOlmoError(f"{where} is a pickle or torch archive, which is never opened; expected a safetensors "
                                 "file")
-        header_end = min(size, 8 + min(int.from_bytes(start, "little"), MAX_HEADER_BYTES))
-        head = self._read(0, header_end)
-        self.entries = self._parse_header()
-        if not torch.equal(head, self._read(0, header_end)):
-            raise self._changed()
+        header = read_open_header(descriptor, where, MAX_HEADER_BYTES)
+        self.entries = header.entries
         self._order = list(self.entries.values())
         self._index = {name: index for index, name in enumerate(self.entries)}
-        self._states = [hashlib.sha256(as_bytes(head))]
+        self._states = [hashlib.sha256(header.raw)]
         self._submitted = 0
         """Tensors handed to the hash in file order so far; those whose state is known may be fewer."""
         self._last: Future | None = None
@@ -100,13 +97,6 @@ class TensorFile:
         if self._non_finite is not None:
             raise FlexOlmoError(f"{self.where}: tensor {self._non_finite} holds NaN or infinity; expected finite "
                                 "numbers only")
-
-    def _parse_header(self) -> dict[str, TensorInfo]:
-        same_file = f"/dev/fd/{self._descriptor}"  # the path may lead elsewhere by now
-        try:
-            return read_header(same_file, MAX_HEADER_BYTES)
-        except FlexOlmoError as error:
-            raise FlexOlmoError(str(error).replace(same_file, self.where)) from None
 
     def _changed(self) -> FlexOlmoError:
         return FlexOlmoError(f"{self.where} was changed while it was being used; nothing of it can be trusted")

@@ -9,6 +9,7 @@ from flexolmo_megatron.convert.lazy import LazyTensor
 from flexolmo_megatron.convert.safetensors_io import (
     open_file,
     read_header,
+    read_open_header,
     split_shards,
     write_shards,
     write_tensors,
@@ -105,6 +106,23 @@ def test_refused(tmp_path, name):
         read_header(path)
     assert "bad.safetensors" in str(error.value) and "\n" not in str(error.value)
     assert len(str(error.value)) < 1000
+
+
+def test_an_open_file_is_read_whatever_its_path_leads_to_by_now(tmp_path):
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file(TENSORS, path)
+    with open(path, "rb") as file:
+        file.seek(3)
+        path.unlink()
+        write(path, b"nothing sound")
+        header = read_open_header(file.fileno(), "its name")
+        assert file.tell() == 3
+        file.seek(0)
+        data = file.read()
+    assert header.entries.keys() == TENSORS.keys()
+    assert data.startswith(header.raw) and len(header.raw) == min(info.offset for info in header.entries.values())
+    with open(path, "rb") as file, pytest.raises(FlexOlmoError, match="^its name: the safetensors header is not valid"):
+        read_open_header(file.fileno(), "its name")
 
 
 def test_header_size_is_checked_before_it_is_read(tmp_path):

@@ -2,11 +2,15 @@
 
 import argparse
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from flexolmo_megatron.commands.exchange import register
 from flexolmo_megatron.convert.model import open_model, save_model
+from flexolmo_megatron.convert.variants import as_dense
+from flexolmo_megatron.domain.vector import DomainVector, save_vector
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.digest import model_digest
 from flexolmo_megatron.exchange.merge import merge
@@ -128,3 +132,46 @@ def test_bad_input(work, make_package, monkeypatch, words, message):
     with pytest.raises(FlexOlmoError, match=message):
         flexolmo(*words)
     assert sorted(path.name for path in work.iterdir()) == before
+
+
+@pytest.fixture
+def dense_copy(work, anchor, digest):
+    """An owner's dense copy (expert.coordination=false), and ``save(dense_digest)``, which writes its domain vector."""
+    dense = as_dense(anchor)
+    save_model(replace(dense, card=replace(dense.card, anchor_digest=digest, anchor_dtype="bfloat16")),
+               work / "dense_run", format="megatron")
+    rows = np.eye(8, dtype=np.float32)[:2]
+
+    def save(dense_digest: str):
+        vector = DomainVector(rows, "anchor", "ab" * 32, dense_digest, documents=3, dropped=0, seed=0, norm=1.0)
+        save_vector(vector, work / "vector.npz")
+        return ["pack", work / "dense_run", work / "own", "--domain-vector", work / "vector.npz"]
+
+    return save
+
+
+def test_a_dense_copy_is_packed_with_a_vector_of_its_anchor(work, dense_copy, anchor, digest):
+    flexolmo(*dense_copy(model_digest(as_dense(anchor))), "--name", "own", "--anchor", work / "anchor")
+    package = verify(work / "own", anchor)
+    assert package.manifest.name == "own" and package.manifest.router["documents"] == 3
+    assert package.tensors["layers.1.router"].read().tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--name", "own"], "--domain-vector needs --anchor"), (["--anchor", "anchor"], "--domain-vector needs --name"),
+    (["--name", "a/b", "--anchor", "anchor"], "expert name 'a/b': expected"),
+    (["--name", "own", "--anchor", "anchor"],
+     r"vector.npz was made with another anchor \(digest 0c0c0c0c0c0c…\): expected one made with anchor \(digest "),
+])
+def test_a_vector_of_another_anchor_is_refused(work, dense_copy, monkeypatch, options, message):
+    monkeypatch.chdir(work)
+    with pytest.raises(FlexOlmoError, match=message):
+        flexolmo(*dense_copy("0c" * 32), *options)
+    assert not (work / "own").exists()
+
+
+def test_a_dense_copy_of_another_anchor_is_refused(work, dense_copy, new_anchor):
+    other = new_anchor(seed=5)
+    save_model(other, work / "other", format="hf")
+    with pytest.raises(FlexOlmoError, match="the checkpoint was trained against anchor [0-9a-f]{64}, not against"):
+        flexolmo(*dense_copy(model_digest(as_dense(other))), "--name", "own", "--anchor", work / "other")

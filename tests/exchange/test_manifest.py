@@ -2,14 +2,10 @@ import json
 
 import pytest
 
+from flexolmo_megatron.config.card import check_expert_name
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.exchange.manifest import (
-    MAX_MANIFEST_BYTES,
-    Manifest,
-    check_expert_name,
-    parse_manifest,
-    printable,
-)
+from flexolmo_megatron.exchange.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from flexolmo_megatron.untrusted import printable
 
 GOOD = {
     "format_version": 1, "name": "math", "anchor_digest": "a" * 64, "sha256": "b" * 64,

@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
 
-from flexolmo_megatron.convert.model import open_model, save_model, total_bytes
+from flexolmo_megatron.convert.model import open_model, save_model, total_bytes, watch
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.digest import model_digest
 from flexolmo_megatron.exchange.merge import merge, remove, write_merged
@@ -106,6 +107,31 @@ def test_adding_keeps_a_chosen_top_k(anchor, verified):
     assert merge(chosen, [verified("c")]).card.model.top_k == 1
 
 
+def test_a_chosen_top_k_outlives_removing_and_adding_again(anchor, verified, tmp_path):
+    a, b, c, d, e = (verified(name, number) for number, name in enumerate("abcde"))
+    many = merge(anchor, [a, b, c, d, e], top_k=5)
+    few = remove(many, ["a", "b", "c", "d"])
+    assert (few.card.model.num_experts, few.card.model.top_k) == (2, 2)
+    save_model(few, tmp_path / "few", format="hf")
+    assert merge(open_model(tmp_path / "few"), [a, b, c, d]).card.model.top_k == 5
+    assert merge(few, [a]).card.model.top_k == 3
+    assert merge(few, [a, b, c, d], top_k=4).card.chosen_top_k == 4
+    # 2 active of 6, and of the 2 that are left: the same number as by default, but chosen
+    two = remove(merge(anchor, [a, b, c, d, e], top_k=2), ["a", "b", "c", "d"])
+    assert two.card.model.top_k == 2 and merge(two, [a, b, c]).card.model.top_k == 2
+    # nobody chose
+    rest = remove(merge(anchor, [a, b, c, d, e]), ["a", "b", "c"])
+    assert rest.card.model.top_k == 3 and merge(rest, [a, b]).card.model.top_k == 4
+
+
+def test_top_k_of_a_model_merged_elsewhere_counts_as_chosen(anchor, verified):
+    merged = merge(anchor, [verified(name, number) for number, name in enumerate("abc")], top_k=2)
+    elsewhere = replace(merged, card=replace(merged.card, chosen_top_k=None))
+    d = verified("d", 4)
+    assert merge(elsewhere, [d]).card.model.top_k == 2
+    assert merge(remove(elsewhere, ["a", "b", "c"]), [d]).card.model.top_k == 2
+
+
 def test_removing_is_never_having_merged(anchor, verified):
     a, b, c = verified("a", 1), verified("b", 2, bias=True), verified("c", 3)
     rest = remove(merge(anchor, [a, b, c]), ["b"])
@@ -143,6 +169,28 @@ def test_packages_of_another_anchor(anchor, new_anchor, new_pair, verified, tmp_
         merge(anchor, [verified("a"), verify(tmp_path / "theirs", other)])
     with pytest.raises(FlexOlmoError, match="but the given model belongs to"):
         merge(merge(anchor, [verified("b")]), [verify(tmp_path / "theirs", other)])
+
+
+def test_what_a_package_was_verified_against_is_not_relied_on(anchor, new_anchor, make_package, digest):
+    other = new_anchor(seed=5)
+    package = verify(make_package("a"), AnchorReference.of(other, digest))  # another anchor with a false digest
+    with pytest.raises(FlexOlmoError, match=f"package_a was trained against anchor {digest}, but this anchor is "
+                                            f"{model_digest(other)}"):
+        merge(other, [package])
+    liar = replace(other, card=replace(other.card, anchor_digest=digest))
+    with pytest.raises(FlexOlmoError, match=f"but this anchor is {model_digest(other)}"):
+        merge(liar, [package])
+    merged = merge(anchor, [verify(make_package("b", 2), anchor)])
+    tampered = {**merged.tensors, "lm_head.weight": other.tensors["lm_head.weight"]}
+    with pytest.raises(FlexOlmoError, match="package_a was trained against anchor .* but this anchor is "):
+        merge(replace(merged, tensors=tampered), [package])
+
+
+def test_the_anchor_is_read_once(anchor, verified):
+    counts = []
+    packages = [verified("a", 1), verified("b", 2)]
+    merge(watch(anchor, counts.append), packages)
+    assert sum(counts) == total_bytes(anchor)
 
 
 def test_takes_only_what_was_verified(anchor, make_package):

@@ -50,6 +50,16 @@ def test_a_second_read_must_give_the_bytes_of_the_first(path, pooled, first):
             file.finish(expected)
 
 
+def test_the_open_file_counts_and_not_its_path(path):
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    descriptor, size = os.open(path, os.O_RDONLY), path.stat().st_size
+    path.unlink()
+    path.write_bytes(b"something else")
+    file = TensorFile(descriptor, size, str(path))
+    assert torch.equal(file.read("b"), torch.ones(1000))
+    file.finish(expected)
+
+
 def test_descriptor_is_closed_with_the_file(path):
     file = open_file(path)
     descriptor = file._descriptor

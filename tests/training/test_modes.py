@@ -100,7 +100,8 @@ def test_an_uncoordinated_owner_trains_a_dense_copy_and_packs_its_ffns(world, ex
     pack = ["pack", f"{tmp_path}/run", f"{tmp_path}/package"]
     assert main(pack) == 2
     assert "cannot be packed" in capsys.readouterr().err
-    assert main([*pack, "--domain-vector", f"{world}/own.npz", "--name", "own"]) == 0
+    vector = ["--domain-vector", f"{world}/own.npz", "--name", "own", "--anchor", f"{world}/anchor"]
+    assert main([*pack, *vector]) == 0
     assert main(["merge", "--anchor", f"{world}/anchor", f"{tmp_path}/package", "--out", f"{tmp_path}/merged"]) == 0
     merged = open_model(tmp_path / "merged")
     for layer in range(2):
