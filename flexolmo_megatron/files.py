@@ -150,5 +150,7 @@ def read_json(path: str | os.PathLike, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FlexOlmoError(f"{path} does not exist; expected {what}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError:
+        raise FlexOlmoError(f"{path} cannot be read as {what}: nested too deeply") from None
+    except (OSError, ValueError) as error:  # bad UTF-8, bad JSON, integers of thousands of digits
         raise FlexOlmoError(f"{path} cannot be read as {what}: {error}") from error

@@ -108,3 +108,13 @@ def test_a_swept_link_is_not_followed(tmp_path, dead):
 def test_a_missing_folder_is_one_sentence(tmp_path):
     with pytest.raises(FlexOlmoError, match="cannot write .*/nowhere/x: No such file or directory; nothing was"):
         write_json(tmp_path / "nowhere" / "x", 1)
+
+
+@pytest.mark.parametrize(("content", "reason"), [
+    (b"{", "Expecting property name"), (b"\xff", "'utf-8' codec can't decode"), (b"[" * 100_000, "nested too deeply$"),
+    (b"9" * 5000, "Exceeds the limit"),
+])
+def test_broken_json_is_one_sentence(tmp_path, content, reason):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(FlexOlmoError, match=f"x.json cannot be read as a test: {reason}"):
+        read_json(tmp_path / "x.json", "a test")

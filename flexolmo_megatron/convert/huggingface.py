@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flexolmo_megatron.config.card import CARD_FILE, PUBLIC, ExpertRecord, ModelCard
+from flexolmo_megatron.config.card import CARD_FILE, PUBLIC, ExpertRecord, Kind, ModelCard
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.convert.huggingface_config import SPECIAL_TOKENS, parse_config, render_config
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
@@ -77,10 +77,17 @@ def _tokenizer(directory: Path, known: dict[str, str]) -> dict[str, str]:
     return known
 
 
-def _card(directory: Path, values: dict[str, Any]) -> ModelCard:
+def _check_count(config: ModelConfig, tensors: dict[str, LazyTensor], where: str) -> None:
+    """Refuse sizes that the files cannot hold before lists of that many experts and tensors are made."""
+    count = config.num_layers * max(1, config.num_experts)
+    if count > len(tensors):
+        raise FlexOlmoError(f"{where}: {config.num_layers} layers with {config.num_experts} experts each: expected no "
+                            f"more of them than tensors, of which the files have {len(tensors)}")
+
+
+def _card(directory: Path, config: ModelConfig, kind: Kind) -> ModelCard:
     """Return the directory's own card, or a new one with numbered experts."""
     where = str(directory / CONFIG_FILE)
-    config, kind = parse_config(values, where)
     if not (directory / CARD_FILE).exists():
         card = ModelCard(kind, config, _default_experts(config.num_experts))
         return replace(card, tokenizer=_tokenizer(directory, card.tokenizer))
@@ -113,9 +120,11 @@ def open_huggingface(directory: str | os.PathLike) -> LazyModel:
             a tensor is missing, unexpected, or of the wrong shape or dtype.
     """
     directory = Path(directory)
-    values = read_json(directory / CONFIG_FILE, "the config.json of a Hugging Face model")
-    card = _card(directory, values)
+    where = str(directory / CONFIG_FILE)
+    config, kind = parse_config(read_json(where, "the config.json of a Hugging Face model"), where)
     tensors = _open_tensors(directory)
+    _check_count(config, tensors, where)
+    card = _card(directory, config, kind)
     expected = expected_tensors(card.model, card.kind)
     check_tensors(tensors, expected, str(directory))
     check_dtypes(tensors, str(directory))

@@ -129,6 +129,14 @@ def test_config_refused(flex_olmo, name):
     assert str(error.value).startswith(f"{flex_olmo / 'config.json'}: ")
 
 
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_experts"])
+def test_sizes_that_the_files_cannot_hold_cost_nothing(flex_olmo, key):
+    edit_config(flex_olmo, **{key: 10**15})
+    with pytest.raises(FlexOlmoError, match=r"config.json: \d+ layers with \d+ experts each: expected no more of them "
+                                            r"than tensors, of which the files have \d+"):
+        open_huggingface(flex_olmo)
+
+
 def test_config_missing_or_broken(flex_olmo):
     (flex_olmo / "config.json").write_text("{")
     with pytest.raises(FlexOlmoError, match="config.json cannot be read as the config.json of a Hugging Face model"):
