@@ -49,6 +49,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             args = (args[0], _CPU, *args[2:])
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):  # for a fast copy to the GPU
+            kwargs = {**kwargs, "pin_memory": False}
         return func(*args, **kwargs)
 
 
