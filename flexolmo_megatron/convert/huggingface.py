@@ -26,6 +26,8 @@ INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_BYTE_VOCABULARY = 512
+"""Largest vocabulary that is taken for the 257 ids of the byte tokenizer, padded."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
@@ -90,7 +92,10 @@ def _card(directory: Path, config: ModelConfig, kind: Kind) -> ModelCard:
     where = str(directory / CONFIG_FILE)
     if not (directory / CARD_FILE).exists():
         card = ModelCard(kind, config, _default_experts(config.num_experts))
-        return replace(card, tokenizer=_tokenizer(directory, card.tokenizer))
+        # A larger vocabulary is not one of bytes: loading a tokenizer that is not there then says so.
+        missing = {"type": "huggingface", "path": str(directory.resolve())}
+        return replace(card, tokenizer=_tokenizer(
+            directory, card.tokenizer if config.vocab_size <= _BYTE_VOCABULARY else missing))
     card = ModelCard.load(directory)
     if card.kind != kind:
         raise FlexOlmoError(f"{directory / CARD_FILE} has kind {card.kind!r}: expected {kind!r}, as {where} says")

@@ -138,7 +138,8 @@ def check_names(names: Iterable[str], known: list[str]) -> None:
     """
     for name in sorted(names):
         if name not in known:
-            raise FlexOlmoError(f"unknown expert {name!r}{nearest(name, known)}: expected one of {', '.join(known)}")
+            choice = f"expected one of {', '.join(known)}" if known else "this model has none"
+            raise FlexOlmoError(f"unknown expert {name!r}{nearest(name, known)}: {choice}")
 
 
 def total_bytes(model: LazyModel) -> int:

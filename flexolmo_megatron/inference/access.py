@@ -7,7 +7,7 @@ Legend: b sequences, E experts.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,12 @@ from flexolmo_megatron.config.card import PUBLIC
 from flexolmo_megatron.convert.model import check_names
 from flexolmo_megatron.errors import FlexOlmoError
 
-Experts = Sequence[str] | Sequence[Sequence[str]] | None
-"""Names of the experts to use: one list for a whole batch, one list per sequence, or None for all."""
+Names = Sequence[str] | Set[str]
+Experts = Names | Sequence[Names] | None
+"""Names of the experts to use: one list (or set) for a whole batch, one per sequence, or None for all."""
 
 
-def _check_list(names: Sequence[str], known: Sequence[str], where: str) -> None:
+def _check_list(names: Names, known: Sequence[str], where: str) -> None:
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise FlexOlmoError(f"{where} = {names!r}: expected a list of expert names, or one list per sequence")
     try:
@@ -51,7 +52,7 @@ def allowed_experts(experts: Experts, known: Sequence[str], batch_size: int) -> 
         return None
     if not known:
         raise FlexOlmoError("experts were named, but this is a dense model, which has none to choose from")
-    if isinstance(experts, str) or not isinstance(experts, Sequence):
+    if isinstance(experts, str) or not isinstance(experts, Sequence | Set):
         raise FlexOlmoError(f"experts = {experts!r}: expected a list of expert names, or one list per sequence")
     nested = [not isinstance(entry, str) for entry in experts]
     if experts and all(nested):
@@ -59,7 +60,7 @@ def allowed_experts(experts: Experts, known: Sequence[str], batch_size: int) -> 
             raise FlexOlmoError(f"experts has {len(experts)} lists for {batch_size} sequences: expected one per "
                                 "sequence, or a single list of names for all")
         for index, names in enumerate(experts):
-            if not isinstance(names, Sequence):
+            if not isinstance(names, Sequence | Set):
                 raise FlexOlmoError(f"experts[{index}] = {names!r}: expected a list of expert names")
             _check_list(names, known, f"experts[{index}]")
         lists = experts

@@ -6,7 +6,7 @@ prompt's continuation does not depend on what it is batched with, up to rounding
 Legend: b sequences, s positions of the padded prompts, t positions so far, V vocabulary, E experts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -37,6 +37,11 @@ class Sampling:
     """Of the random numbers."""
 
     def __post_init__(self) -> None:
+        for name, numbers in (("max_new_tokens", int), ("temperature", int | float), ("top_k", int),
+                              ("top_p", int | float), ("seed", int)):
+            value = getattr(self, name)
+            if not isinstance(value, numbers) or isinstance(value, bool):
+                raise FlexOlmoError(f"{name} = {value!r}: expected a {'whole ' * (numbers is int)}number")
         if self.max_new_tokens < 1:
             raise FlexOlmoError(f"max_new_tokens = {self.max_new_tokens}: expected at least 1")
         if not 0 <= self.temperature < float("inf"):
@@ -179,8 +184,11 @@ def _encode(model: "Model", prompts: Sequence[str], max_new_tokens: int) -> list
 def generate(model: "Model", prompts: Sequence[str], sampling: Sampling, experts: Experts = None, batch_size: int = 8,
              progress: Callable[[int], object] | None = None) -> list[Generation]:
     """Continue each prompt; see ``Model.generate``, which has the same arguments."""
-    if batch_size < 1:
-        raise FlexOlmoError(f"batch_size = {batch_size}: expected at least 1")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise FlexOlmoError(f"batch_size = {batch_size!r}: expected at least 1")
+    if not isinstance(prompts, Iterable):
+        raise FlexOlmoError(f"prompts = {prompts!r}: expected a text or a list of texts")
+    prompts = list(prompts)
     encoded = _encode(model, prompts, sampling.max_new_tokens)
     allowed_BE = allowed_experts(experts, model.expert_names, len(prompts))
     results = [Generation(prompt) for prompt in prompts]

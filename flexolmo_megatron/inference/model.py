@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flexolmo_megatron.config.card import ModelCard
+from flexolmo_megatron.config.card import PUBLIC, ModelCard
 from flexolmo_megatron.config.model import ModelConfig
-from flexolmo_megatron.convert.model import open_model
+from flexolmo_megatron.convert.model import check_names, open_model
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.inference.access import Experts, allowed_experts, only_allowed
 from flexolmo_megatron.inference.pair import couple, open_anchor
@@ -36,6 +36,11 @@ class Model:
         """What the model is; for a pair, of the two-expert model."""
         self.device = device
 
+    def __repr__(self) -> str:
+        names = ", ".join(self.expert_names)
+        experts = f"experts {names} ({self.config.top_k} active)" if names else "dense"
+        return f"<Model: {self.config.num_layers} layers, {experts}, on {self.device}>"
+
     @property
     def config(self) -> ModelConfig:
         """The architecture."""
@@ -45,6 +50,18 @@ class Model:
     def expert_names(self) -> list[str]:
         """In the order of the router's rows, the anchor's first; empty for a dense model."""
         return self.card.expert_names
+
+    def experts_without(self, *names: str) -> list[str]:
+        """Return the names of all experts but these, as ``logits`` and ``generate`` take them.
+
+        Raises:
+            FlexOlmoError: an unknown name, or the public expert, which no answer can do without.
+        """
+        check_names(names, self.expert_names)
+        if PUBLIC in names:
+            raise FlexOlmoError(f"expert {PUBLIC!r} cannot be excluded: it is the anchor that all others were trained "
+                                "with")
+        return [name for name in self.expert_names if name not in names]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -66,8 +83,9 @@ class Model:
 
         Args:
             tokens: ids `[b, s]`.
-            experts: names of the experts to use, among them "public": one list for the batch or one per sequence; None
-                for all. The others have no influence, and top-k becomes at most the number of those left.
+            experts: names of the experts to use, among them "public": one list (or set) for the batch or one per
+                sequence; None for all; see ``experts_without``. The others have no influence, and top-k becomes at most
+                the number of those left.
             exact: compute each sequence by itself, so that its logits do not depend, not even in rounding, on the rest
                 of the batch. False computes the whole batch at once, which is faster for many short sequences.
 
@@ -113,8 +131,8 @@ class Model:
         from flexolmo_megatron.inference.generate import Sampling, generate
 
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        return generate(self, prompts, sampling, experts, batch_size, progress)
+        return generate(self, [prompts] if isinstance(prompts, str) else prompts, sampling, experts, batch_size,
+                        progress)
 
 
 def check_tokens(tokens: Any, config: ModelConfig) -> Tensor:
@@ -150,11 +168,8 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype = torch.float32, *,
                anchor: str | os.PathLike | None = None) -> Model:
     """Load a model onto this process's GPU, or without one onto the CPU.
 
-    Args:
-        path: a Hugging Face directory, a Megatron checkpoint of ours (trusted, see ``convert/megatron.py``), or a
-            training run, of which the newest checkpoint is taken. A pair is joined with its anchor.
-        dtype: to compute in, float32 or bfloat16, whatever the type on disk.
-        anchor: of a pair, where its anchor is now; None for where it was when the pair was trained.
+    Without CUDA this puts stand-ins for ``torch.cuda`` into torch and Megatron, for the rest of the process; see
+    ``flexolmo_megatron.load_model``, which has the same arguments, and ``runtime/cpu.py``.
 
     Raises:
         FlexOlmoError: there is no such model, it is damaged, or a pair's anchor is missing or another one.

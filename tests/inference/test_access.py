@@ -51,8 +51,23 @@ def test_names_to_masks():
     known = NAMES[:3]
     assert allowed_experts(None, known, 2) is None
     assert allowed_experts(["public", "math"], known, 2).tolist() == [[True, False, True]] * 2
-    assert allowed_experts((["public"], ("math", "public")), known, 2).tolist() == [[True, False, False],
-                                                                                    [True, False, True]]
+    assert allowed_experts({"public", "math"}, known, 2).tolist() == [[True, False, True]] * 2
+    for lists in ((["public"], ("math", "public")), [{"public"}, frozenset(("math", "public"))]):
+        assert allowed_experts(lists, known, 2).tolist() == [[True, False, False], [True, False, True]]
+
+
+def test_names_of_all_but_some(model, dense):
+    assert model.experts_without("math", "code") == ["public", "law"]
+    assert model.experts_without() == model.expert_names
+    batch = tokens(2, 7)
+    expected = model.logits(batch, {"public", "math", "code"})
+    assert torch.equal(model.logits(batch, model.experts_without("law")), expected)
+    with pytest.raises(FlexOlmoError, match=r"unknown expert 'mth' \(did you mean 'math'\?\): expected one of public,"):
+        model.experts_without("mth")
+    with pytest.raises(FlexOlmoError, match="expert 'public' cannot be excluded"):
+        model.experts_without("public")
+    with pytest.raises(FlexOlmoError, match="unknown expert 'math': this model has none"):
+        dense.experts_without("math")
 
 
 @pytest.mark.parametrize(("experts", "message"), [

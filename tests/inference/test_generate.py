@@ -156,6 +156,11 @@ def test_progress_counts_tokens(model):
     (dict(top_p=0.0), "top_p = 0.0: expected a probability above 0, at most 1"),
     (dict(top_p=1.5), "top_p = 1.5: expected a probability above 0, at most 1"),
     (dict(seed=-1), "seed = -1: expected 0 or more"),
+    (dict(max_new_tokens=2.5), "max_new_tokens = 2.5: expected a whole number"),
+    (dict(max_new_tokens=None), "max_new_tokens = None: expected a whole number"),
+    (dict(temperature="hot"), "temperature = 'hot': expected a number"),
+    (dict(top_k=True), "top_k = True: expected a whole number"),
+    (dict(batch_size="8"), "batch_size = '8': expected at least 1"),
     (dict(batch_size=0), "batch_size = 0: expected at least 1"),
     (dict(max_new_tokens=60), "prompt 1 has 5 tokens, with max_new_tokens = 60 that is 65: expected at most "
                               "model.max_position_embeddings = 64"),
@@ -167,6 +172,8 @@ def test_impossible_settings_are_refused(model, settings, message):
 
 
 def test_prompts_must_be_texts(model):
+    with pytest.raises(FlexOlmoError, match="prompts = None: expected a text or a list of texts"):
+        model.generate(None)
     with pytest.raises(FlexOlmoError, match=re.escape("prompts[1] = 3: expected a text")):
         model.generate(["a", 3], max_new_tokens=5)
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import threading
 from dataclasses import replace
 
 import pytest
@@ -28,6 +29,36 @@ def test_what_a_model_says_about_itself(model):
     assert not any(parameter.requires_grad for parameter in model.module.parameters())
     logits = model.logits(TOKENS)
     assert logits.shape == (2, 13, SIZES.vocab_size) and logits.dtype == torch.float32 and not logits.requires_grad
+
+
+def test_a_model_shows_what_it_is(model, dense):
+    assert repr(model) == "<Model: 2 layers, experts public, code, math, law (2 active), on cpu>"
+    assert repr(dense) == "<Model: 2 layers, dense, on cpu>"
+
+
+def test_another_thread_can_use_the_model(model):
+    expected, result = model.logits(TOKENS), []
+    thread = threading.Thread(target=lambda: result.append(model.logits(TOKENS)))
+    thread.start()
+    thread.join()
+    assert torch.equal(result[0], expected)
+
+
+def test_the_packages_own_load_model_takes_type_and_anchor(merged_path, model):
+    loaded = flexolmo_megatron.load_model(merged_path, torch.bfloat16, anchor="of no use here")
+    assert next(loaded.module.parameters()).dtype == torch.bfloat16
+    assert torch.equal(flexolmo_megatron.load_model(merged_path).logits(TOKENS), model.logits(TOKENS))
+
+
+def test_a_large_vocabulary_without_a_tokenizer_is_not_taken_for_bytes(tmp_path):
+    for size in (257, 512, 513):
+        save_model(random_model("dense", sizes=replace(SIZES, vocab_size=size)), tmp_path / str(size), "hf")
+        (tmp_path / str(size) / "flexolmo.json").unlink()
+    assert len(load_model(tmp_path / "512").generate("a", max_new_tokens=3)) == 1
+    model = load_model(tmp_path / "513")
+    assert model.logits(TOKENS).shape == (2, 13, 513)
+    with pytest.raises(FlexOlmoError, match="cannot load the tokenizer '.*/513': expected 'byte', a folder with"):
+        model.generate("a")
 
 
 def test_layouts_on_disk_give_the_same_logits(tmp_path):
