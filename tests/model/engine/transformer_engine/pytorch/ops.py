@@ -1,0 +1,9 @@
+"""Names that Megatron's annotations mention; none is called."""
+
+
+class Sequential:
+    pass
+
+
+class FusibleOperation:
+    pass
