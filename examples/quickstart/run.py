@@ -2,8 +2,7 @@
 
 A public anchor is trained; three owners train an expert each, apart from each other, against it; the experts are merged
 without joint training; every owner's data is then switched off in turn. Each step is a `flexolmo` command, printed as
-it
-runs, with its output in OUT/logs. Steps that are done are not repeated, so an interrupted run goes on where it was.
+it runs, with its output in OUT/logs. Steps that are done are not repeated, so an interrupted run goes on where it was.
 """
 
 import argparse
@@ -27,8 +26,7 @@ PROMPTS = {
 }
 OWNER_OPTIONS = ("data.public_share=0.5", "optimizer.lr=1e-3", "optimizer.min_lr=1e-4")
 """Beyond the paper's setting: half of an owner's samples are public text, which teaches the expert's router row where
-the
-anchor is better, and a small learning rate keeps the experts close enough to the anchor to be mixed."""
+the anchor is better, and a small learning rate keeps the experts close enough to the anchor to be mixed."""
 
 
 class Quickstart:

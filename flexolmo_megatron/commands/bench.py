@@ -17,8 +17,7 @@ def _register_pair_step(benches: argparse._SubParsersAction) -> None:
         help="one training step of an owner's run: ours, stock Megatron, transformers",
         description="Take training steps of an owner's run in turn: the coupled pair with a frozen anchor (ours), "
         "Megatron's MoELayer with the anchor's gradients set to zero (stock), and transformers' FlexOlmo. Same "
-        "weights, "
-        "same tokens, one process.",
+        "weights, same tokens, one process.",
     )
     for name, default, text in (
         ("hidden", 512, "hidden size"),
