@@ -1,0 +1,142 @@
+"""The model provider: builds, fills and freezes before Megatron-LM wraps the model and makes its optimizer."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from flexolmo_megatron.config.card import ModelCard
+from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.integrations.megatron_lm.arguments import LaunchArguments, dense_card
+from flexolmo_megatron.integrations.megatron_lm.cards import newest_card, write_cards
+from flexolmo_megatron.model.builder import block_spec
+from flexolmo_megatron.model.config import FlexOlmoTransformerConfig
+from flexolmo_megatron.model.spec import TorchSpecProvider, default_backend
+from flexolmo_megatron.runtime.ranks import on_first_rank
+from flexolmo_megatron.training.freezing import frozen_fingerprint
+from flexolmo_megatron.training.start import fill_pair, name_anchor
+
+
+class OwnersModel(GPTModel):
+    """A pair whose checkpoints hold what the owner trains alone; the rest is the anchor's, named in the card."""
+
+    def _trained(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Megatron's description of a checkpoint, without what is frozen."""
+        trained = self._trained()
+        whole = super().sharded_state_dict(*args, **kwargs)
+        return {name: tensor for name, tensor in whole.items() if name in trained}
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what such a checkpoint holds; the frozen rest stays as the anchor has it."""
+        if strict and set(state_dict) != self._trained():
+            difference = sorted(set(state_dict) ^ self._trained())
+            raise RuntimeError(f"the checkpoint and this rank's model differ in {', '.join(difference[:5])}")
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+
+class ModelProvider:
+    """``model_provider`` of Megatron-LM's ``pretrain()``: called once per virtual pipeline stage."""
+
+    def __init__(self, arguments: LaunchArguments) -> None:
+        self.arguments = arguments
+        self.rows: torch.Tensor | None = None
+        self.chunks: list[GPTModel] = []
+        self.before: dict[int, str] = {}
+        """Chunk -> fingerprint of its frozen parameters when training began."""
+
+    def __call__(
+        self,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        config: TransformerConfig | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> GPTModel:
+        from megatron.training import get_args
+        from megatron.training.arguments import core_transformer_config_from_args
+
+        args = get_args()
+        if not self.chunks:
+            self._begin(args)
+        expert = self.arguments.plan is not None
+        config = core_transformer_config_from_args(args, FlexOlmoTransformerConfig)
+        backend = TorchSpecProvider() if args.transformer_impl == "local" else default_backend()
+        model = (OwnersModel if expert else GPTModel)(
+            config,
+            block_spec("pair" if expert else "dense", config, backend, vp_stage),
+            vocab_size=args.padded_vocab_size,
+            max_sequence_length=args.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="rope",
+            rotary_base=args.rotary_base,
+            vp_stage=vp_stage,
+            pg_collection=pg_collection,
+        )
+        self.chunks.append(model)
+        if expert and len(self.chunks) == (args.virtual_pipeline_model_parallel_size or 1):
+            fill_pair(self.chunks, self.arguments.plan.anchor, self.rows)
+            for index, chunk in enumerate(self.chunks):
+                self._remember_frozen(index, chunk)
+        return model
+
+    def _begin(self, args: argparse.Namespace) -> None:
+        """Check the arguments, make the run's card, and check that a checkpoint to go on with is of the same run."""
+        self.arguments.check(args)
+        if self.arguments.plan is None:
+            card = dense_card(args)
+        else:
+            card = self.arguments.plan.card
+            self.rows = name_anchor(self.arguments.plan, self.arguments.config)
+        args.flexolmo_card = json.dumps(asdict(card))
+        found = on_first_rank(lambda: _newest(args))
+        if found is None:
+            return
+        path, before = found
+        for name in ("kind", "anchor_digest", "expert_names", "model"):
+            if getattr(before, name) != getattr(card, name):
+                raise FlexOlmoError(f"{path} is of a run with {name} = {getattr(before, name)}, this one has "
+                                    f"{getattr(card, name)}; name another folder with --load and --save")
+
+    def _remember_frozen(self, index: int, chunk: GPTModel) -> None:
+        # Not now: Megatron-LM still converts the model's type.
+        def first_forward(*_: Any) -> None:
+            handle.remove()
+            self.before[index] = frozen_fingerprint(chunk)
+
+        handle = chunk.register_forward_pre_hook(first_forward)
+
+    def finish(self) -> None:
+        """After training: show that nothing frozen has moved, and write the cards of the checkpoints.
+
+        Raises:
+            RuntimeError: a frozen parameter has changed (a defect of this package).
+        """
+        from megatron.training import get_args, print_rank_0
+
+        for index, before in self.before.items():
+            if frozen_fingerprint(self.chunks[index]) != before:
+                raise RuntimeError(f"a frozen parameter has changed on rank {torch.distributed.get_rank()}")
+        if self.before:
+            digest = self.arguments.plan.card.anchor_digest
+            print_rank_0(f"frozen parameters unchanged, bit by bit; anchor digest {digest}")
+        save = get_args().save
+        if save and torch.distributed.get_rank() == 0:
+            write_cards(Path(save))
+
+
+def _newest(args: argparse.Namespace) -> tuple[Path, ModelCard] | None:
+    """The checkpoint that a launch would go on with, after earlier ones have got the cards that they lack."""
+    for folder in {args.save, args.load} - {None}:
+        write_cards(Path(folder))
+    return newest_card(Path(args.load)) if args.load else None
