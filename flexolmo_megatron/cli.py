@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from flexolmo_megatron import __version__
-from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.errors import REQUEUE_STATUS, FlexOlmoError, StopRequested
 
 COMMANDS = ("data", "train", "embed", "convert", "exchange", "generate", "evaluation", "bench", "launch")
 """Modules of ``flexolmo_megatron.commands``, in the order of the help."""
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
+    """Run one verb; returns the exit status: 0 done, 2 bad input, 75 asked to stop (all saved), 130 interrupted."""
     try:
         parser = build_parser()
         args, rest = parser.parse_known_args(argv)
@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FlexOlmoError as error:
         print(f"flexolmo: {error}", file=sys.stderr)
         return 2
+    except StopRequested as stop:
+        print(f"flexolmo: {stop}", file=sys.stderr)
+        return REQUEUE_STATUS
     except KeyboardInterrupt:
         print("flexolmo: interrupted", file=sys.stderr)
         return 130

@@ -12,6 +12,17 @@ class FlexOlmoError(ValueError):
     """
 
 
+class StopRequested(Exception):
+    """A run was asked to stop by a signal, and has saved its state: the next start goes on with it.
+
+    The command line prints the message and exits with ``REQUEUE_STATUS``.
+    """
+
+
+REQUEUE_STATUS = 75
+"""Exit status of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, try again later."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the closest of ``known`` to ``name``, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

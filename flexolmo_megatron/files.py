@@ -12,6 +12,7 @@ package reads it. What a living process, another host or another destination lef
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from typing import IO, Any
 from flexolmo_megatron.errors import FlexOlmoError
 
 TEMPORARY_SUFFIX = ".partial"
+_TEMPORARY_NAME = re.compile(rf"\.(?P<name>.+?)(?:\.(?P<host>.+))?\.(?P<process>\d+){re.escape(TEMPORARY_SUFFIX)}")
 
 
 def fsync_path(path: Path) -> None:
@@ -36,8 +38,13 @@ def _prefix(path: Path) -> str:
     return f".{path.name}.{socket.gethostname()}."
 
 
+def temporary_name(name: str) -> str:
+    """Name under which this process writes, or removes, what is called ``name``."""
+    return f"{_prefix(Path(name))}{os.getpid()}{TEMPORARY_SUFFIX}"
+
+
 def _temporary(path: Path) -> Path:
-    return path.with_name(f"{_prefix(path)}{os.getpid()}{TEMPORARY_SUFFIX}")
+    return path.with_name(temporary_name(path.name))
 
 
 def _is_alive(process: int) -> bool:
@@ -64,6 +71,27 @@ def _sweep(path: Path) -> None:
         # To ``kill``, 0 is a whole group of processes. Of our own number, only an earlier process can have left it.
         if int(process) > 0 and (int(process) == os.getpid() or not _is_alive(int(process))):
             _remove(path.with_name(name))
+
+
+def sweep_folder(folder: Path, names: re.Pattern[str]) -> list[str]:
+    """Remove what killed processes, of any host, left in ``folder`` when they wrote things with such ``names``.
+
+    For a folder that only one launch at a time writes to. What a living process of this host writes is left alone.
+
+    Returns:
+        The names of what was removed.
+    """
+    removed = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = _TEMPORARY_NAME.fullmatch(path.name)
+        if not match or not names.fullmatch(match["name"]):
+            continue
+        process = int(match["process"])
+        if match["host"] == socket.gethostname() and process not in (0, os.getpid()) and _is_alive(process):
+            continue
+        _remove(path)
+        removed.append(path.name)
+    return removed
 
 
 def _remove(path: Path) -> None:

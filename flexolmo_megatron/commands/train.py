@@ -1,8 +1,11 @@
 """``flexolmo train``: anchor, expert, dense and moe runs, in one process or under torchrun."""
 
 import argparse
+import atexit
+from pathlib import Path
 
 from flexolmo_megatron.config.load import load_config, preset_names
+from flexolmo_megatron.errors import StopRequested
 
 MODES = {
     "anchor": "a new public anchor: a dense model from random weights",
@@ -19,7 +22,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         help="train an anchor, an owner's expert or a baseline",
         description="Train, or resume, one run. On several devices: "
         "torchrun --nproc-per-node N -m flexolmo_megatron.train MODE …",
-        epilog="options of a run (KEY=VALUE, or in a YAML file):\n\n" + describe_options(),
+        epilog="SIGTERM and SIGUSR1 end a run after its step, with a checkpoint and exit status 75; under torchrun, "
+        "which ends with 1 then,\nthe file OUT/requeue says so. The same command goes on with the run.\n\n"
+        "options of a run (KEY=VALUE, or in a YAML file):\n\n" + describe_options(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
@@ -56,12 +61,27 @@ def describe_options() -> str:
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
     from flexolmo_megatron.config.train import TrainConfig
+    from flexolmo_megatron.training.signals import stay_stopped
 
     config = load_config(TrainConfig, preset=args.preset, paths=args.config, overrides=args.overrides)
+    stay_stopped(Path(config.out))
 
     from flexolmo_megatron.runtime.setup import prepare
 
     prepare()
     from flexolmo_megatron.training.loop import train
 
-    train(args.mode, config)
+    try:
+        train(args.mode, config)
+    except StopRequested:
+        atexit.register(_leave)
+        raise
+    atexit.register(_leave)  # not after an error: the other processes may not come along
+
+
+def _leave() -> None:
+    """Part from the other processes in order, as NCCL wants it, when the interpreter ends."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

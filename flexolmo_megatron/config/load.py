@@ -68,15 +68,20 @@ def load_config(
         raise FlexOlmoError(
             f"{error.full_key} has no value; set it in a YAML file or with {error.full_key}=…"
         ) from None
+    except OmegaConfBaseException as error:  # a reference ${…} to nothing
+        raise FlexOlmoError(_reason("the options", error)) from None
 
 
 def _merge(config: DictConfig, values: DictConfig, where: str) -> DictConfig:
-    _reject_unknown(config, values, where, "")
     try:
+        _reject_unknown(config, values, where, "")
         return OmegaConf.merge(config, values)
     except OmegaConfBaseException as error:
-        reason = str(error.msg or error).splitlines()[0]
-        raise FlexOlmoError(": ".join(filter(None, [where, error.full_key, reason]))) from None
+        raise FlexOlmoError(_reason(where, error)) from None
+
+
+def _reason(where: str, error: OmegaConfBaseException) -> str:
+    return ": ".join(filter(None, [where, error.full_key, str(error.msg or error).splitlines()[0]]))
 
 
 def _reject_unknown(config: Any, values: DictConfig, where: str, prefix: str) -> None:

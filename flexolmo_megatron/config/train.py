@@ -1,6 +1,8 @@
 """The configuration of a training run. Field names are Megatron's arguments where Megatron has one."""
 
+import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from omegaconf import MISSING
 
@@ -142,6 +144,14 @@ class TrainConfig:
     """Steps between checkpoints; 0 for one at the end."""
     keep: int = 2
     """Checkpoints to keep; older ones are deleted after a new one is complete."""
+    async_save: bool = False
+    """Write checkpoints in the background, from a copy of each process's part in host memory, while training goes
+    on."""
+    checkpoint_hash: bool = True
+    """Record the sha256 of every file of a checkpoint and compare it before the run goes on from there; false compares
+    names and sizes of tensor files alone."""
+    max_skipped_steps: int = 3
+    """Stop at this many steps in a row whose loss or gradients are not finite. Such a step changes no weight."""
     stop_after: int | None = None
     """Stop, with a checkpoint, after this many steps of this process (for time-limited jobs); the next start
     resumes."""
@@ -155,12 +165,7 @@ class TrainConfig:
         Raises:
             FlexOlmoError: an impossible value; the message names the field, its value and what was expected.
         """
-        for name in ("train_iters", "micro_batch_size", "global_batch_size", "log_interval", "eval_iters", "keep"):
-            if getattr(self, name) < 1:
-                raise FlexOlmoError(f"{name} = {getattr(self, name)}: expected at least 1")
-        for name in ("eval_interval", "save_interval"):
-            if getattr(self, name) < 0:
-                raise FlexOlmoError(f"{name} = {getattr(self, name)}: expected 0 or more")
+        self._validate_numbers()
         step = self.micro_batch_size * data_parallel
         if self.global_batch_size % step:
             raise FlexOlmoError(
@@ -173,8 +178,6 @@ class TrainConfig:
             raise FlexOlmoError(
                 f"optimizer.lr_decay_style = {self.optimizer.lr_decay_style!r}: expected one of {', '.join(styles)}"
             )
-        if not self.optimizer.lr > 0:
-            raise FlexOlmoError(f"optimizer.lr = {self.optimizer.lr}: expected a number above 0")
         if not 0 <= self.optimizer.lr_warmup_iters < self.train_iters:
             raise FlexOlmoError(
                 f"optimizer.lr_warmup_iters = {self.optimizer.lr_warmup_iters}: expected 0 to train_iters - 1 = "
@@ -196,3 +199,30 @@ class TrainConfig:
                 f"expert.domain_loss_coeff = {self.expert.domain_loss_coeff}: expected 0 or more, and data.public "
                 f"where it is above 0"
             )
+
+    def _validate_numbers(self) -> None:
+        """Check the range of each number that stands for itself."""
+        counts = ("train_iters", "micro_batch_size", "global_batch_size", "log_interval", "eval_iters", "keep",
+                  "max_skipped_steps", "data.seq_length", "stop_after")
+        ranges = {
+            "at least 1": (counts, lambda value: value >= 1),
+            "0 or more": (("eval_interval", "save_interval", "seed"), lambda value: value >= 0),
+            "a finite number above 0": (
+                ("optimizer.lr", "optimizer.router_lr", "optimizer.adam_eps"),
+                lambda value: 0 < value < math.inf,
+            ),
+            "a finite number, 0 or more": (
+                ("optimizer.weight_decay", "optimizer.clip_grad", "moe_z_loss_coeff"),
+                lambda value: 0 <= value < math.inf,
+            ),
+            "0 to below 1": (("optimizer.adam_beta1", "optimizer.adam_beta2"), lambda value: 0 <= value < 1),
+            f"0 to optimizer.lr = {self.optimizer.lr}": (
+                ("optimizer.min_lr",),
+                lambda value: 0 <= value <= self.optimizer.lr,
+            ),
+        }
+        for expected, (names, holds) in ranges.items():
+            for name in names:
+                value = attrgetter(name)(self)
+                if value is not None and not holds(value):
+                    raise FlexOlmoError(f"{name} = {value}: expected {expected}")

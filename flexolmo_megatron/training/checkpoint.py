@@ -6,8 +6,8 @@ path and digest in the card.
 
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,12 +27,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from flexolmo_megatron.config.card import CARD_FILE, ModelCard
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.files import atomic_directory
+from flexolmo_megatron.files import sweep_folder, temporary_name
+from flexolmo_megatron.runtime.ranks import on_first_rank
+from flexolmo_megatron.training.agreement import together
+from flexolmo_megatron.training.checkpoint_writer import CheckpointWriter
+from flexolmo_megatron.training.integrity import damage
 
+FOLDER = "checkpoints"
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 
+PROGRESS = ("step", "consumed_samples", "tokens", "skipped", "skipped_in_a_row")
+"""Fields of ``TrainingState`` that are plain numbers."""
+
 FAILURES = (CheckpointException, CheckpointingException, OSError, RuntimeError, KeyError, EOFError)
-"""What reading or writing a damaged checkpoint raises; torch's CheckpointException is no Exception."""
+"""What reading a checkpoint that does not fit raises; torch's CheckpointException is no Exception."""
 
 
 def _cause(error: BaseException) -> str:
@@ -56,16 +64,23 @@ class TrainingState:
     """Sequences read by all data-parallel ranks together."""
     tokens: int = 0
     """Tokens trained on."""
+    skipped: int = 0
+    """Steps that changed no weight, since the loss or a gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """How many of them are the last ones."""
+    largest_own_gradient: Tensor | None = None
+    """Of this rank's last backward pass; not saved."""
+
+
+def all_step_folders(run: Path) -> list[Path]:
+    """Folders of a run that are named as checkpoints, oldest first."""
+    folder = run / FOLDER
+    return sorted(path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)) if folder.is_dir() else []
 
 
 def step_folders(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    folder = run / "checkpoints"
-    if not folder.is_dir():
-        return []
-    return sorted(
-        path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name) and (path / CARD_FILE).is_file()
-    )
+    return [path for path in all_step_folders(run) if (path / CARD_FILE).is_file()]
 
 
 def _metadata() -> dict[str, Any]:
@@ -84,41 +99,107 @@ def _sharded_state(state: TrainingState, is_loading: bool) -> dict[str, Any]:
     for index, module in enumerate(unwrap_model(state.chunks)):
         trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         sharded = module.sharded_state_dict(metadata=metadata)
+        if missing := sorted(trainable - set(sharded)):
+            raise RuntimeError(
+                f"a checkpoint would not hold {missing[0]}, which trains: its module's sharded_state_dict has another "
+                f"name for it"
+            )
         models[f"model{index}"] = {name: tensor for name, tensor in sharded.items() if name in trainable}
     return {
         **models,
         "optimizer": state.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata),
         "scheduler": state.scheduler.state_dict(),
-        "progress": {"step": state.step, "consumed_samples": state.consumed_samples, "tokens": state.tokens},
+        "progress": {name: getattr(state, name) for name in PROGRESS},
     }
 
 
-def save(run: Path, state: TrainingState, card: ModelCard, keep: int) -> Path:
-    """Write a checkpoint of the current step, then delete all but the newest ``keep``. Called by all ranks.
+def begin_save(run: Path, state: TrainingState, card: ModelCard, *, background: bool, hashed: bool) -> CheckpointWriter:
+    """Write a checkpoint of the current step, or begin to; it is there once ``finish_save`` has returned.
+
+    Called by all ranks, as everything below.
+
+    Args:
+        run: folder of the run.
+        state: what is saved.
+        card: saved with it.
+        background: let training go on while a thread of each rank writes from a copy in host memory.
+        hashed: record the sha256 of tensor files.
 
     Raises:
         FlexOlmoError: it cannot be written (full disk); earlier checkpoints are untouched.
     """
-    path = run / "checkpoints" / f"step_{state.step:08d}"
-    first = torch.distributed.get_rank() == 0
-    if first:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_directory(path) if first else nullcontext() as temporary:
-        shared = [str(temporary)]
-        torch.distributed.broadcast_object_list(shared, src=0)
-        try:
-            dist_checkpointing.save(_sharded_state(state, is_loading=False), shared[0])
-        except FAILURES as error:
-            raise FlexOlmoError(
-                f"cannot write the checkpoint {path}: {_cause(error)}; earlier checkpoints are intact"
-            ) from error
-        if first:
-            card.save(temporary)
-    torch.distributed.barrier()
-    if first:
-        for old in step_folders(run)[:-keep]:
-            shutil.rmtree(old)
-    return path
+    content = _sharded_state(state, is_loading=False)
+    return CheckpointWriter(
+        run / FOLDER / f"step_{state.step:08d}", content, card, background=background, hashed=hashed
+    )
+
+
+def finish_save(writer: CheckpointWriter, keep: int) -> Path:
+    """Wait until a checkpoint is complete, give it its name, and delete all but the newest ``keep`` of the run.
+
+    Raises:
+        FlexOlmoError: it cannot be written; earlier checkpoints are untouched.
+    """
+    writer.finish()
+    on_first_rank(lambda: _delete_all_but(writer.path.parent.parent, keep))
+    return writer.path
+
+
+def _delete_all_but(run: Path, keep: int) -> None:
+    for old in step_folders(run)[:-keep]:
+        # Under another name first: a kill in between leaves no checkpoint with half of its files.
+        going = old.with_name(temporary_name(old.name))
+        old.rename(going)
+        shutil.rmtree(going)
+
+
+def sweep(run: Path) -> list[str]:
+    """Remove what killed processes left of checkpoints that they wrote or deleted; rank 0 alone."""
+    return sweep_folder(run / FOLDER, STEP_FOLDER)
+
+
+@dataclass
+class Found:
+    """What a run can go on from."""
+
+    path: Path | None
+    """The newest checkpoint that is intact; None where the run has none yet."""
+    damaged: dict[Path, str]
+    """Newer ones that are not, and why."""
+
+
+def find_intact(run: Path, hashed: bool) -> Found:
+    """Look for the newest checkpoint that still holds what was written.
+
+    Args:
+        run: folder of the run.
+        hashed: compare the sha256 of tensor files, too.
+
+    Raises:
+        FlexOlmoError: there are checkpoints, and all of them are damaged.
+    """
+    damaged: dict[Path, str] = {}
+    for path in reversed(on_first_rank(lambda: all_step_folders(run))):
+        problem = damage(path, hashed)
+        if problem is None:
+            return Found(path, damaged)
+        damaged[path] = problem
+    if damaged:
+        raise FlexOlmoError(
+            f"no checkpoint of {run} is intact: "
+            + "; ".join(f"{path.name}: {problem}" for path, problem in damaged.items())
+            + "; name a new folder (out), or remove them to begin again"
+        )
+    return Found(None, damaged)
+
+
+def set_aside(damaged: Iterable[Path]) -> None:
+    """Rename damaged checkpoints, so that the run can write the same steps again; rank 0 alone."""
+    for path in damaged:
+        aside = path.with_name(f"damaged_{path.name}")
+        if aside.exists():
+            shutil.rmtree(aside)
+        path.rename(aside)
 
 
 @contextmanager
@@ -152,6 +233,15 @@ def _set_with_step(part: DistributedOptimizer, model_parameter: torch.nn.Paramet
     type(part)._set_main_param_and_optimizer_states(part, model_parameter, {**tensors, "step": state["step"]})
 
 
+def _load(path: Path, state: TrainingState) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(
+            _sharded_state(state, is_loading=True), str(path), strict=StrictHandling.RAISE_ALL
+        )
+    except FAILURES as error:
+        raise FlexOlmoError(f"{path} cannot be loaded into this run: {_cause(error)}") from error
+
+
 def load(path: Path, state: TrainingState) -> None:
     """Restore weights, optimizer, schedule and progress from a checkpoint of the same kind of run. Called by all ranks.
 
@@ -159,19 +249,10 @@ def load(path: Path, state: TrainingState) -> None:
         FlexOlmoError: the checkpoint is damaged or does not fit the run.
     """
     with _loading_torch_adamw(state.optimizer):
-        try:
-            loaded = dist_checkpointing.load(
-                _sharded_state(state, is_loading=True), str(path), strict=StrictHandling.RAISE_ALL
-            )
-        except FAILURES as error:
-            raise FlexOlmoError(f"{path} cannot be loaded into this run: {_cause(error)}") from error
+        loaded = together(lambda: _load(path, state))
         for index, module in enumerate(unwrap_model(state.chunks)):
             module.load_state_dict(loaded[f"model{index}"], strict=False)
         state.optimizer.load_state_dict(loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["scheduler"])
-    progress = loaded["progress"]
-    state.step, state.consumed_samples, state.tokens = (
-        progress["step"],
-        progress["consumed_samples"],
-        progress["tokens"],
-    )
+    for name, value in loaded["progress"].items():  # an earlier version's has fewer
+        setattr(state, name, value)

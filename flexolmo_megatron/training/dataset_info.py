@@ -1,5 +1,6 @@
 """``PREFIX.json``: the small file beside a tokenized data set ``PREFIX.bin``/``PREFIX.idx`` that says what it holds."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -51,3 +52,28 @@ class DatasetInfo:
             raise FlexOlmoError(f"{path} is not the description of a tokenized data set in format version "
                                 f"{FORMAT_VERSION}; make the data set again with: flexolmo data")
         return cls(**values)
+
+
+def common_tokenizer(prefixes: Iterable[str | Path], vocab_size: int) -> dict[str, str] | None:
+    """What data sets were encoded with: the tokenizer of a new model that is trained on them.
+
+    Args:
+        prefixes: data sets; those of another program, which say nothing about it, are passed over.
+        vocab_size: ids that the model will know.
+
+    Returns:
+        The tokenizer, as ``load_tokenizer`` takes it; None where no data set says.
+
+    Raises:
+        FlexOlmoError: they differ, or the tokenizer has more ids.
+    """
+    infos = {prefix: info for prefix in prefixes if (info := DatasetInfo.load(prefix)) is not None}
+    for prefix, info in infos.items():
+        first, expected = next(iter(infos.items()))
+        if info.tokenizer != expected.tokenizer:
+            raise FlexOlmoError(f"{prefix} was tokenized with {info.tokenizer}, {first} with {expected.tokenizer}: "
+                                "expected one tokenizer for all data of a model")
+        if info.vocab_size > vocab_size:
+            raise FlexOlmoError(f"model.vocab_size = {vocab_size}: expected at least {info.vocab_size}, the ids of the "
+                                f"tokenizer of {prefix}, {info.tokenizer}")
+    return next((info.tokenizer for info in infos.values()), None)

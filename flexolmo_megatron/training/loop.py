@@ -1,13 +1,13 @@
 """The training loop: Megatron's schedule, optimizer and DDP around the model that ``start`` built."""
 
-import json
-import math
+import signal
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -16,21 +16,25 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
 from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from flexolmo_megatron.config.load import load_config, save_config
 from flexolmo_megatron.config.train import TrainConfig
-from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.errors import FlexOlmoError, StopRequested
 from flexolmo_megatron.model.router import PairRouter
+from flexolmo_megatron.runtime.ranks import on_first_rank
 from flexolmo_megatron.runtime.setup import initialize, local_device, world_size
 from flexolmo_megatron.training import checkpoint
+from flexolmo_megatron.training.agreement import agree, largest_gradient, together
 from flexolmo_megatron.training.checkpoint import TrainingState
+from flexolmo_megatron.training.checkpoint_writer import CheckpointWriter
 from flexolmo_megatron.training.datasets import Datasets, batches, build_datasets, parse_blend
 from flexolmo_megatron.training.freezing import frozen_fingerprint
 from flexolmo_megatron.training.memory import memory_report
-from flexolmo_megatron.training.optimization import build_optimizer, build_scheduler
+from flexolmo_megatron.training.optimization import apply_gradients, build_optimizer, build_scheduler, gradient_norm
 from flexolmo_megatron.training.resume import check_same_card
+from flexolmo_megatron.training.run_folder import check_folder, claim
+from flexolmo_megatron.training.run_log import RunLog
+from flexolmo_megatron.training.signals import REQUEUE_FILE, StopSignals
 from flexolmo_megatron.training.start import Mode, Start, plan, start
 from flexolmo_megatron.training.tokenizer import load_tokenizer
 
@@ -46,7 +50,8 @@ def train(mode: Mode, config: TrainConfig) -> Path:
         The last checkpoint.
 
     Raises:
-        FlexOlmoError: bad input, or a loss that is no longer finite.
+        FlexOlmoError: bad input, a full disk, or a loss that is no longer finite.
+        StopRequested: a signal came; what was done up to then is saved.
         RuntimeError: a frozen parameter has changed (a defect of this package).
     """
     planned = plan(mode, config, world_size())
@@ -60,59 +65,24 @@ def train(mode: Mode, config: TrainConfig) -> Path:
         seed=config.seed,
     )
     run = Path(config.out)
-    _claim(run, mode, config)
-    begun = start(planned, config)
-    datasets = _datasets(config, run, begun)
-    state = _training_state(config, begun)
-    existing = checkpoint.step_folders(run)
-    if existing:
-        check_same_card(existing[-1], begun.card)
-        checkpoint.load(existing[-1], state)
-        _say(f"resuming from {existing[-1]} at step {state.step}")
-    return _Run(mode, config, run, begun, datasets, state).train()
+    with StopSignals() as signals:
+        on_first_rank(lambda: check_folder(run, mode, config))
+        begun = together(lambda: start(planned, config))
+        datasets = _datasets(config, run, begun)
+        state = together(lambda: _training_state(config, begun))
+        found = checkpoint.find_intact(run, config.checkpoint_hash)
+        if found.path is not None:
+            on_first_rank(lambda: check_same_card(found.path, begun.card))
+            checkpoint.load(found.path, state)
+        on_first_rank(lambda: claim(run, mode, config, found))
+        if found.path is not None:
+            _say(f"resuming from {found.path} at step {state.step}")
+        return _Run(mode, config, run, begun, datasets, state, signals).train()
 
 
 def _say(text: str) -> None:
     if torch.distributed.get_rank() == 0:
         tqdm.write(text)
-
-
-def _claim(run: Path, mode: Mode, config: TrainConfig) -> None:
-    """Make the run's folder, or check that it is a run of the same kind."""
-    if torch.distributed.get_rank() == 0:
-        mark = run / "mode"
-        if run.exists() and not mark.is_file() and (not run.is_dir() or any(run.iterdir())):
-            raise FlexOlmoError(f"out = {run} is a folder with other things in it; name a new folder")
-        if mark.is_file() and mark.read_text().strip() != mode:
-            raise FlexOlmoError(
-                f"out = {run} holds a run of `train {mark.read_text().strip()}`, not of `train {mode}`; name a new "
-                f"folder"
-            )
-        if checkpoint.step_folders(run) and (run / "config.yaml").is_file():
-            _check_same_samples(load_config(TrainConfig, paths=[str(run / "config.yaml")]), config)
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            mark.write_text(mode + "\n")
-        except OSError as error:
-            raise FlexOlmoError(f"out = {run} cannot be made: {error.strerror}") from error
-        save_config(config, run / "config.yaml")
-    torch.distributed.barrier()
-
-
-def _check_same_samples(before: TrainConfig, now: TrainConfig) -> None:
-    """Megatron draws the order of samples anew for another number of them: a run can only go on with the same one."""
-    for name in ("train_iters", "global_batch_size", "seed"):
-        old, new = getattr(before, name), getattr(now, name)
-        if old != new:
-            raise FlexOlmoError(
-                f"{name} = {new}: the run in {now.out} began with {old} and can only be resumed with that"
-            )
-    for name in ("train", "public", "public_share", "seq_length"):
-        old, new = getattr(before.data, name), getattr(now.data, name)
-        if old != new:
-            raise FlexOlmoError(
-                f"data.{name} = {new}: the run in {now.out} began with {old} and can only be resumed with that"
-            )
 
 
 def _datasets(config: TrainConfig, run: Path, begun: Start) -> Datasets:
@@ -155,10 +125,19 @@ def _training_state(config: TrainConfig, begun: Start) -> TrainingState:
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
     megatron_config = get_model_config(begun.chunks[0])
     megatron_config.grad_scale_func = optimizer.scale_loss
-    megatron_config.finalize_model_grads_func = finalize_model_grads
+    state = TrainingState(begun.chunks, optimizer, build_scheduler(config, optimizer))
+    megatron_config.finalize_model_grads_func = partial(_finalize_gradients, state)
     no_sync = [chunk.no_sync for chunk in begun.chunks]
     megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-    return TrainingState(begun.chunks, optimizer, build_scheduler(config, optimizer))
+    return state
+
+
+def _finalize_gradients(
+    state: TrainingState, chunks: list[DistributedDataParallel], *args: Any, **options: Any
+) -> None:
+    """What Megatron's schedule calls after the last backward pass; notes what this rank's own gradients were."""
+    state.largest_own_gradient = largest_gradient(chunks)
+    finalize_model_grads(chunks, *args, **options)
 
 
 def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -186,34 +165,31 @@ class _Run:
     """One process's part of a run."""
 
     def __init__(
-        self, mode: Mode, config: TrainConfig, run: Path, begun: Start, datasets: Datasets, state: TrainingState
+        self,
+        mode: Mode,
+        config: TrainConfig,
+        run: Path,
+        begun: Start,
+        datasets: Datasets,
+        state: TrainingState,
+        signals: StopSignals,
     ) -> None:
-        self.mode, self.config, self.run, self.card, self.datasets, self.state = (
-            mode,
-            config,
-            run,
-            begun.card,
-            datasets,
-            state,
-        )
+        self.mode, self.config, self.run, self.card, self.datasets = mode, config, run, begun.card, datasets
+        self.state, self.signals = state, signals
+        self.saving: CheckpointWriter | None = None
+        self.saved = state.step
+        self.signal = 0
         self.data_parallel = parallel_state.get_data_parallel_world_size()
         self.microbatches = config.global_batch_size // (config.micro_batch_size * self.data_parallel)
         self.first = torch.distributed.get_rank() == 0
         self.forward_backward = get_forward_backward_func()
         own_prefixes = len(parse_blend(config.data.train)[0]) if config.expert.domain_loss_coeff else 0
         self.forward_step = partial(_forward_step, own_prefixes)
-        self.tensorboard = SummaryWriter(str(run / "tensorboard")) if self.first else None
-        self.metrics: IO[str] | None = self._open_metrics() if self.first else None
+        self.log: RunLog | None = None
 
-    def _open_metrics(self) -> IO[str]:
-        """Open metrics.jsonl for appending, without lines of steps that will be done again."""
-        path = self.run / "metrics.jsonl"
-        if path.exists():
-            kept = [
-                line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= self.state.step
-            ]
-            path.write_text("".join(f"{line}\n" for line in kept))
-        return open(path, "a", buffering=1)
+    def _open_log(self) -> None:
+        if self.first:
+            self.log = RunLog(self.run, self.state.step)
 
     def _iterators(self, dataset: Any, consumed_samples: int) -> list[Iterator[dict[str, Tensor]]]:
         """The microbatches of this rank, once for each of its virtual pipeline stages."""
@@ -244,6 +220,7 @@ class _Run:
         totals = torch.zeros(2, dtype=torch.float64, device=local_device())
         for report in reports:  # empty except on the last pipeline stage
             totals += report["loss"]
+        self.own_loss = totals[0].clone()
         torch.distributed.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         torch.distributed.broadcast(
             totals,
@@ -254,16 +231,37 @@ class _Run:
 
     def train(self) -> Path:
         config, state = self.config, self.state
-        fingerprints = [frozen_fingerprint(chunk) for chunk in state.chunks]
-        iterators = self._iterators(self.datasets.train, state.consumed_samples)
         last = min(config.train_iters, state.step + (config.stop_after or config.train_iters))
         if state.step >= last:
             _say(f"{self.run} has all of its {config.train_iters} steps already")
             return checkpoint.step_folders(self.run)[-1]
+        together(self._open_log)
         bar = tqdm(total=config.train_iters, initial=state.step, unit="step", disable=None if self.first else True)
+        try:
+            self._steps(last, bar)
+        finally:
+            bar.close()
+            if self.saving is not None:
+                self.saving.abandon()
+            if self.log is not None:
+                self.log.close()
+        together(self._check_log)
+        if state.step < config.train_iters and self.signal:
+            name = signal.Signals(self.signal).name
+            on_first_rank(lambda: (self.run / REQUEUE_FILE).write_text(f"{name} at step {state.step}\n") and None)
+            raise StopRequested(
+                f"{name}: stopped after step {state.step} of {config.train_iters}, which is saved; the same command "
+                f"goes on from there"
+            )
+        return checkpoint.step_folders(self.run)[-1]
+
+    def _steps(self, last: int, bar: tqdm) -> None:
+        """Train up to and with step ``last``, or until a signal comes; with a checkpoint at the end."""
+        config, state = self.config, self.state
+        fingerprints = [frozen_fingerprint(chunk) for chunk in state.chunks]
+        iterators = self._iterators(self.datasets.train, state.consumed_samples)
         reported = False
-        saved = state.step
-        while state.step < last:
+        while state.step < last and not self.signal:
             row = self._step(iterators)
             if not reported:
                 _say(str(memory_report(state.chunks, state.optimizer)))
@@ -274,18 +272,15 @@ class _Run:
             ):
                 row["valid_loss"] = self._validate()
             self._report(row, bar, final)
-            if (config.save_interval and state.step % config.save_interval == 0) or state.step == last:
+            if config.save_interval and state.step % config.save_interval == 0 and state.step < last:
                 self._save()
-                saved = state.step
-        bar.close()
-        assert saved == state.step
-        self._check_frozen(fingerprints)
-        if self.tensorboard:
-            self.tensorboard.close()
-            self.metrics.close()
-        return checkpoint.step_folders(self.run)[-1]
+        together(lambda: self._check_frozen(fingerprints))
+        if self.saved < state.step:
+            self._save()
+        self._finish_saving()
 
     def _step(self, iterators: list[Iterator]) -> dict[str, Any]:
+        """One step of all ranks: weights and optimizer change on all of them, or on none."""
         config, state = self.config, self.state
         began = time.perf_counter()
         for chunk in state.chunks:
@@ -294,35 +289,52 @@ class _Run:
         state.optimizer.zero_grad()
         lr = state.scheduler.get_lr({})  # of parameters without a rate of their own
         loss = self._pass(iterators, forward_only=False)
-        if not math.isfinite(loss):
-            raise FlexOlmoError(
-                f"step {state.step + 1}: the loss is {loss}; lower optimizer.lr = {config.optimizer.lr} or check "
-                f"the data; "
-                "the last checkpoint is intact"
-            )
-        _, grad_norm, _ = state.optimizer.step()
-        if not math.isfinite(grad_norm or 0.0):
-            raise FlexOlmoError(
-                f"step {state.step + 1}: the gradient norm is {float(grad_norm)}; lower optimizer.lr = "
-                f"{config.optimizer.lr} or check the data; the last checkpoint is intact"
-            )
+        norm = gradient_norm(state.optimizer)
+        agreed = agree(
+            signal=self.signals.received,
+            own_loss=self.own_loss,
+            own_gradients=state.largest_own_gradient,
+            norm=norm,
+            writing=self.saving is not None and self.saving.writing,
+            log_failed=self.log is not None and self.log.failure is not None,
+        )
+        if agreed.log_failed:
+            together(self._check_log)
+        if self.saving is not None and not agreed.writing:
+            self._finish_saving()
+        self.signal = agreed.signal
+        tokens = config.global_batch_size * config.data.seq_length
+        if agreed.problem is None:
+            apply_gradients(state.optimizer, norm)
+            state.tokens += tokens
+            state.skipped_in_a_row = 0
+        # The schedule and the data go on over a skipped step, so that both end with the run.
         state.scheduler.step(1)
         state.step += 1
         state.consumed_samples += config.global_batch_size
-        tokens = config.global_batch_size * config.data.seq_length
-        state.tokens += tokens
-        row = {
-            "step": state.step,
-            "loss": loss,
-            "grad_norm": float(grad_norm or 0.0),
-            "lr": lr,
-            "tokens_per_second": tokens / (time.perf_counter() - began),
-        }
+        row = {"step": state.step, "loss": loss, "grad_norm": norm, "lr": lr}
+        if agreed.problem is not None:
+            self._skip(agreed.problem)
+            row["skipped"] = agreed.problem
         tracker = get_moe_layer_wise_logging_tracker()
         for name in sorted(tracker):
             row[name] = self._mean_router_loss(tracker[name]["values"])
         tracker.clear()
+        row["tokens_per_second"] = tokens / (time.perf_counter() - began)
         return row
+
+    def _skip(self, problem: str) -> None:
+        """Count a step that has changed nothing; too many in a row end the run."""
+        state = self.state
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        if state.skipped_in_a_row >= self.config.max_skipped_steps:
+            raise FlexOlmoError(
+                f"step {state.step}: {problem}, which makes {state.skipped_in_a_row} such steps in a row "
+                f"(max_skipped_steps = {self.config.max_skipped_steps}); lower optimizer.lr = "
+                f"{self.config.optimizer.lr} or check the data; the last checkpoint is intact"
+            )
+        _say(f"step {state.step} is skipped: {problem} ({state.skipped} of this run so far)")
 
     def _mean_router_loss(self, values_L: Tensor) -> float:
         """Mean over layers, microbatches and ranks of a router loss without its coefficient; each stage has its
@@ -342,30 +354,46 @@ class _Run:
         return sum(losses) / len(losses)
 
     def _report(self, row: dict[str, Any], bar: tqdm, final: bool) -> None:
-        if not self.first:
+        if self.log is None:
             return
-        self.metrics.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step":
-                self.tensorboard.add_scalar(name, value, row["step"])
+        self.log.write(row)
         bar.update(1)
         if row["step"] % self.config.log_interval == 0 or final or "valid_loss" in row:
             valid = f", valid loss {row['valid_loss']:.4f}" if "valid_loss" in row else ""
             tqdm.write(
                 f"step {row['step']}/{self.config.train_iters}: loss {row['loss']:.4f}, grad norm "
-                f"{row['grad_norm']:.3f}, "
-                f"lr {row['lr']:.2e}, {row['tokens_per_second']:,.0f} tokens/s{valid}"
+                f"{row['grad_norm']:.3f}, lr {row['lr']:.2e}, {row['tokens_per_second']:,.0f} tokens/s{valid}"
             )
 
+    def _check_log(self) -> None:
+        if self.log is not None and self.log.failure is not None:
+            raise FlexOlmoError(f"step {self.state.step}: {self.log.failure}")
+
     def _save(self) -> None:
+        """Save this step, in the background where the configuration says so."""
+        self._finish_saving()
         self.card.training = {
             "tokens": self.state.tokens,
             "steps": self.state.step,
             "lr": self.config.optimizer.lr,
             "seed": self.config.seed,
         }
-        path = checkpoint.save(self.run, self.state, self.card, self.config.keep)
-        _say(f"saved {path}")
+        self.saving = checkpoint.begin_save(
+            self.run,
+            self.state,
+            replace(self.card),
+            background=self.config.async_save,
+            hashed=self.config.checkpoint_hash,
+        )
+        self.saved = self.state.step
+        if not self.config.async_save:
+            self._finish_saving()
+
+    def _finish_saving(self) -> None:
+        """Make the checkpoint complete that is being written, if there is one."""
+        if self.saving is not None:
+            saving, self.saving = self.saving, None
+            _say(f"saved {checkpoint.finish_save(saving, self.config.keep)}")
 
     def _check_frozen(self, before: list[str]) -> None:
         after = [frozen_fingerprint(chunk) for chunk in self.state.chunks]

@@ -1,4 +1,6 @@
-"""Megatron's optimizer and schedule from a run's configuration."""
+"""Megatron's optimizer and schedule from a run's configuration, and its step in two halves."""
+
+import math
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -11,6 +13,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from flexolmo_megatron.config.train import TrainConfig
@@ -66,3 +69,33 @@ def build_scheduler(config: TrainConfig, optimizer: MegatronOptimizer) -> Optimi
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """The norm of all gradients of all ranks, clipping or not: the first half of a step, which changes nothing yet.
+
+    Upstream's ``step`` goes on whatever the norm is: without a loss scaler it looks for no NaN.
+    """
+    if optimizer.prepare_grads():  # a loss scaler, where there is one, has found a value that is not finite
+        return math.inf
+    return float(optimizer.get_grad_norm())
+
+
+@torch.no_grad()
+def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Clip and update weights: the second half of a step, as upstream's ``ChainedOptimizer.step`` (0.16.1) does it.
+
+    Args:
+        optimizer: from ``build_optimizer``, after ``gradient_norm``.
+        norm: what that returned; finite, and the same on all ranks.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.config.clip_grad > 0 and not part.is_stub_optimizer and (parameters := part.get_parameters()):
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                part.config.clip_grad,
+                norm,
+                part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()

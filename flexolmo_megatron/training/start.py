@@ -29,6 +29,8 @@ from flexolmo_megatron.model.spec import engine_is_default
 from flexolmo_megatron.model.weights import init_expert_from_anchor, load_anchor, load_weights
 from flexolmo_megatron.runtime.ranks import on_first_rank
 from flexolmo_megatron.runtime.setup import local_device
+from flexolmo_megatron.training.dataset_info import common_tokenizer
+from flexolmo_megatron.training.datasets import parse_blend
 from flexolmo_megatron.training.freezing import freeze_anchor
 
 Mode = Literal["anchor", "expert", "dense", "moe"]
@@ -124,6 +126,9 @@ def _plan_other(mode: Mode, config: TrainConfig) -> Plan:
     else:
         source = as_dense(source)
         card = ModelCard("dense", source.card.model, tokenizer=source.card.tokenizer)
+    if config.anchor is None:  # a new model speaks as its data does
+        prefixes = parse_blend(config.data.train, "data.train")[0]
+        card.tokenizer = common_tokenizer(prefixes, card.model.vocab_size) or card.tokenizer
     return Plan(card, source)
 
 

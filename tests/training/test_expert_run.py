@@ -42,12 +42,12 @@ def test_the_live_anchor_has_the_anchors_digest_after_training(world, expert_opt
 
     config = load_config(TrainConfig, overrides=expert_options(tmp_path / "run")[2:])
     seen = []
-    save = loop.checkpoint.save
+    save = loop.checkpoint.begin_save
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             loop.checkpoint,
-            "save",
-            lambda run, state, card, keep: (seen.append(state), save(run, state, card, keep))[1],
+            "begin_save",
+            lambda run, state, *rest, **options: (seen.append(state), save(run, state, *rest, **options))[1],
         )
         loop.train("expert", config)
     anchor = open_model(world / "anchor")

@@ -158,7 +158,7 @@ def test_two_processes_give_the_losses_of_one(expert_options, tmp_path, options)
             ["optimizer.lr_decay_style=step"],
             "optimizer.lr_decay_style = 'step': expected one of cosine, linear, constant, WSD",
         ),
-        ("anchor", ["optimizer.lr=-1"], "optimizer.lr = -1.0: expected a number above 0"),
+        ("anchor", ["optimizer.lr=-1"], "optimizer.lr = -1.0: expected a finite number above 0"),
         ("anchor", ["train_iters=0"], "train_iters = 0: expected at least 1"),
         ("anchor", ["parallel.tensor=2"], "does not divide the number of processes, 1"),
         (

@@ -1,0 +1,76 @@
+"""The folder of a run: who may use it, and what a launch changes in it before the first step."""
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from flexolmo_megatron.config.load import load_config, save_config
+from flexolmo_megatron.config.train import TrainConfig
+from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.files import atomic_file
+from flexolmo_megatron.training.checkpoint import FOLDER, Found, all_step_folders, set_aside, sweep
+from flexolmo_megatron.training.signals import REQUEUE_FILE
+from flexolmo_megatron.training.start import Mode
+
+
+def check_folder(run: Path, mode: Mode, config: TrainConfig) -> None:
+    """Check that the run's folder is free, or holds a run of the same kind and data; rank 0 alone. Changes nothing.
+
+    Raises:
+        FlexOlmoError: it does not.
+    """
+    mark = run / "mode"
+    if run.exists() and not mark.is_file():
+        # A first start that fails leaves indices of the data at most; one that is killed, perhaps a half-written mark.
+        if not run.is_dir() or any(path.name != "cache" and path.name[:6] != ".mode." for path in run.iterdir()):
+            raise FlexOlmoError(f"out = {run} is a folder with other things in it; name a new folder")
+    elif mark.is_file() and mark.read_text().strip() != mode:
+        raise FlexOlmoError(
+            f"out = {run} holds a run of `train {mark.read_text().strip()}`, not of `train {mode}`; name a new folder"
+        )
+    if all_step_folders(run) and (run / "config.yaml").is_file():
+        _check_same_samples(load_config(TrainConfig, paths=[str(run / "config.yaml")]), config)
+
+
+def claim(run: Path, mode: Mode, config: TrainConfig, found: Found) -> None:
+    """Mark the folder as this run's and clear away what earlier launches left; rank 0 alone.
+
+    To be called when everything that can fail has succeeded: a start that fails changes nothing in an existing run.
+
+    Args:
+        run: the folder.
+        mode, config: written into it.
+        found: what the run goes on from; newer checkpoints, which are damaged, are renamed.
+
+    Raises:
+        FlexOlmoError: the folder cannot be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        with atomic_file(run / "mode", "w") as file:
+            file.write(mode + "\n")
+    except OSError as error:
+        raise FlexOlmoError(f"out = {run} cannot be made: {error.strerror}") from error
+    save_config(config, run / "config.yaml")
+    (run / REQUEUE_FILE).unlink(missing_ok=True)
+    for name in sweep(run):
+        tqdm.write(f"removed {FOLDER}/{name}, which a killed launch has left unfinished")
+    for path, problem in found.damaged.items():
+        tqdm.write(f"{path} is damaged and not used: {problem}; kept as damaged_{path.name}")
+    set_aside(found.damaged)
+
+
+def _check_same_samples(before: TrainConfig, now: TrainConfig) -> None:
+    """Megatron draws the order of samples anew for another number of them: a run can only go on with the same one."""
+    for name in ("train_iters", "global_batch_size", "seed"):
+        old, new = getattr(before, name), getattr(now, name)
+        if old != new:
+            raise FlexOlmoError(
+                f"{name} = {new}: the run in {now.out} began with {old} and can only be resumed with that"
+            )
+    for name in ("train", "public", "public_share", "seq_length"):
+        old, new = getattr(before.data, name), getattr(now.data, name)
+        if old != new:
+            raise FlexOlmoError(
+                f"data.{name} = {new}: the run in {now.out} began with {old} and can only be resumed with that"
+            )

@@ -1,0 +1,56 @@
+"""Being asked to stop: SIGTERM, and SIGUSR1 as Slurm sends it ahead of a time limit or a preemption.
+
+A run that is asked to stop finishes its step, saves a checkpoint and ends with status 75 (EX_TEMPFAIL of sysexits.h:
+try again later), which a job script turns into a requeue. torchrun hands no status on; it ends with 1 whatever its
+processes ended with. So the run's folder says it too: the file ``requeue`` is there from such an end until the next
+launch goes on with the run.
+
+Importing this module loads neither torch nor Megatron.
+"""
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from flexolmo_megatron.errors import StopRequested
+
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+REQUEUE_FILE = "requeue"
+
+
+class StopSignals:
+    """Within the block a stopping signal is noted, instead of ending the process."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        """Number of the last signal; 0 for none."""
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in STOPPING:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+
+def is_restart_by_torchrun() -> bool:
+    """Whether torchrun has started the processes of this launch anew after some of them ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def stay_stopped(run: Path) -> None:
+    """End a process that torchrun (``--max-restarts``) has started again although its run was asked to stop.
+
+    Raises:
+        StopRequested: the run's folder is marked so, and this is such a restart; a new launch goes on with the run.
+    """
+    mark = run / REQUEUE_FILE
+    if is_restart_by_torchrun() and mark.is_file():
+        raise StopRequested(f"{run} was asked to stop; its next launch goes on with it")
