@@ -74,9 +74,10 @@ def render_merge(config: LaunchConfig) -> str:
     job = config.merge
     assert job is not None
     names = list(config.experts.each) if config.experts else []
-    packages = [*(str(package_of(config, name)) for name in names), *job.packages]
+    packages = [f'"$out"/experts/{shlex.quote(name)}/package' for name in names]
+    packages += [shlex.quote(path) for path in job.packages]
     return _render("merge", config, "logs/merge.log", anchor=shlex.quote(published_anchor(config)),
-                   packages=shlex.join(packages), merge=shlex.join(job.merge_arguments),
+                   packages="\n".join(f"        {path}" for path in packages), merge=shlex.join(job.merge_arguments),
                    evaluation=_evaluation(names, job.domains, job.eval_arguments))
 
 

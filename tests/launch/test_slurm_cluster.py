@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from omegaconf import OmegaConf
 
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.exchange.digest import model_digest
-from tests.slurm.cluster import NODES, Cluster, unavailable
+from tests.slurm.cluster import Cluster, unavailable, wait_for
 from tests.training.runs import SMALL, metrics, write_documents
 
 ROOT = Path(__file__).parent.parent.parent
@@ -21,7 +20,7 @@ WORDS = {
     "sums": ["one", "plus", "two", "is", "three", "times", "four"],
     "notes": ["pt", "seen", "dx", "rx", "ward", "home", "today"],
 }
-STEPS = 40
+STEPS = 150
 
 pytestmark = [
     pytest.mark.slurm,
@@ -38,9 +37,9 @@ def cluster():
 def launch_yaml(path: Path, out: Path, experts: dict, **sections) -> Path:
     """The YAML file of a launch of tiny models, one process on each of the two nodes."""
     world = path.parent
-    options = [*SMALL[7:], f"train_iters={STEPS}", "save_interval=20", "data.seq_length=32"]
-    each = {name: {"documents": [f"{world}/{name}.jsonl"], "options": [f"data.train=[{world}/{name}]", *extra]}
-            for name, extra in experts.items()}
+    options = [*SMALL[7:], f"train_iters={STEPS}", "save_interval=15", "data.seq_length=32"]
+    each = {name: {"documents": [f"{world}/{name}.jsonl"], "options": [f"data.train=[{world}/{name}]"], **other}
+            for name, other in experts.items()}
     OmegaConf.save(OmegaConf.create({
         "out": str(out),
         "slurm": {"nodes": 2, "time": "00:10:00", "python": sys.executable,
@@ -77,7 +76,7 @@ def whole(cluster, world) -> Path:
     """The folder of an undisturbed launch of everything, once it has ended."""
     out = world / "whole"
     path = launch_yaml(
-        world / "whole.yaml", out, {"code": [], "sums": [], "notes": []},
+        world / "whole.yaml", out, {"code": {}, "sums": {}, "notes": {"owner": "Ward 7"}},
         anchor={"documents": [f"{world}/public.jsonl"], "options": [*SMALL, f"data.train=[{world}/public]"]},
         merge={"domains": {"code": [f"{world}/code.jsonl"], "sums": [f"{world}/sums.jsonl"]},
                "eval_arguments": ["--max-bytes", "500"]})
@@ -94,10 +93,138 @@ def whole(cluster, world) -> Path:
 
 
 def logs(out: Path) -> str:
+    """Everything that a launch has logged, for a failed assertion."""
     return "\n".join(f"--- {path}\n{path.read_text()[-1500:]}"
                      for path in [out / "launch.log", *sorted((out / "logs").rglob("*.log"))])
 
 
+def essence(run: Path) -> list[dict]:
+    """What a run has measured, without its speed."""
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in metrics(run)]
+
+
+def assert_same_expert(out: Path, name: str, whole: Path) -> None:
+    """A run and its package equal those of the undisturbed launch to the last bit."""
+    assert essence(out / "experts" / name / "run") == essence(whole / "experts" / name / "run")
+    assert [row["step"] for row in metrics(out / "experts" / name / "run")] == list(range(1, STEPS + 1))
+    runs = [model_digest(open_model(folder / "experts" / name / "run")) for folder in (out, whole)]
+    packages = [(folder / "experts" / name / "package" / "expert.safetensors").read_bytes() for folder in (out, whole)]
+    assert runs[0] == runs[1] and packages[0] == packages[1]
+
+
+def wait_for_steps(out: Path, name: str, steps: int = 10) -> None:
+    """Wait until an expert's run is on its way, far from its end."""
+    path = out / "experts" / name / "run" / "metrics.jsonl"
+    wait_for(f"step {steps} of {name}", lambda: path.exists() and path.read_text().count("\n") >= steps, 120)
+
+
 def test_everything_from_the_anchor_to_the_evaluation(whole, cluster):
-    assert (whole / "evaluation" / "results.json").exists(), logs(whole)
-    print(logs(whole))
+    jobs = numbers(whole)
+    tasks = [cluster.show(f"{jobs['experts']}_{index}") for index in range(3)]
+    for job in (cluster.show(jobs["anchor"]), *tasks, cluster.show(jobs["merge"])):
+        assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), logs(whole)
+    assert all(task["NumNodes"] == "2" for task in tasks)
+    # The tasks of the array ran at the same time, after the anchor and before the merge.
+    assert max(task["StartTime"] for task in tasks) < min(task["EndTime"] for task in tasks)
+    assert cluster.show(jobs["anchor"])["EndTime"] <= min(task["StartTime"] for task in tasks)
+    assert max(task["EndTime"] for task in tasks) <= cluster.show(jobs["merge"])["StartTime"]
+    merged = open_model(whole / "merged")
+    assert merged.card.expert_names == ["public", "code", "sums", "notes"]
+    assert merged.card.anchor_digest == model_digest(open_model(whole / "anchor"))
+    results = json.loads((whole / "evaluation" / "results.json").read_text())["bits_per_byte"]
+    assert set(results) == {"public", "merged", "without code", "without sums", "without notes"}
+    manifest = json.loads((whole / "experts" / "notes" / "package" / "manifest.json").read_text())
+    assert manifest["owner"] == "Ward 7"
+
+
+def test_every_rank_has_a_log_and_every_job_a_line(whole):
+    for name in ("code", "sums", "notes"):
+        ranks = sorted(path.name for path in (whole / "logs" / "experts" / name).glob("train.*"))
+        assert ranks == ["train.rank_0.log", "train.rank_1.log"]
+        assert f"step {STEPS}/{STEPS}" in (whole / "logs" / "experts" / name / "train.rank_0.log").read_text()
+    lines = (whole / "launch.log").read_text().splitlines()
+    jobs = numbers(whole)
+    assert lines[1].endswith(f"experts: submitted as job {jobs['experts']}, experts code, sums, notes, after job "
+                             f"{jobs['anchor']}")
+    ends = {jobs["anchor"]: "published in", f"{jobs['experts']}_2": "packed in", jobs["merge"]: "merged in"}
+    for job, end in ends.items():
+        assert any(f"(job {job}): {end} {whole}" in line for line in lines)
+
+
+def test_a_second_launch_has_nothing_to_do(whole, cluster, world):
+    result = launch(cluster, world / "whole.yaml")
+    assert (result.returncode, result.stdout) == (0, f"{whole}: everything is there already\n")
+
+
+def vectors_of(whole: Path, *names: str) -> dict[str, dict]:
+    """Experts of the undisturbed launch, to be trained again."""
+    return {name: {"documents": [], "domain_vector": f"{whole}/experts/{name}/domain.npz"} for name in names}
+
+
+def test_a_job_near_its_time_limit_requeues_itself_and_ends_with_the_same_result(whole, cluster, world):
+    out = world / "warned"
+    path = launch_yaml(world / "warned.yaml", out, vectors_of(whole, "notes", "code"), published=f"{whole}/anchor")
+    assert launch(cluster, path).returncode == 0
+    job = numbers(out)["experts"]
+    # The last task, whose bare number stands for the whole array.
+    wait_for_steps(out, "code")
+    cluster.client("scancel", "--signal=USR1", f"{job}_1")  # what --signal=USR1@… does: to the steps, not to the script
+    assert cluster.wait(f"{job}_1")["Restarts"] == "1", logs(out)
+    log = (out / "launch.log").read_text()
+    assert f"expert code (job {job}_1): interrupted in train (exit status 75): back into the queue" in log
+    assert "resuming from" in (out / "logs" / "experts" / "code" / "train.rank_0.log").read_text()
+    assert_same_expert(out, "code", whole)
+    other = cluster.wait(f"{job}_0")
+    assert (other["JobState"], other["Restarts"]) == ("COMPLETED", "0")
+    assert_same_expert(out, "notes", whole)
+
+
+def test_a_preempted_job_goes_on_and_its_merge_waits(whole, cluster, world):
+    out = world / "preempted"
+    path = launch_yaml(world / "preempted.yaml", out, vectors_of(whole, "sums"), published=f"{whole}/anchor", merge={})
+    assert launch(cluster, path).returncode == 0
+    jobs = numbers(out)
+    wait_for_steps(out, "sums")
+    urgent = cluster.client("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive",
+                            "--output=/dev/null", "--wrap=true")
+    assert cluster.wait(urgent)["JobState"] == "COMPLETED"
+    assert cluster.show(jobs["merge"])["Reason"] == "Dependency"
+    assert cluster.wait(jobs["merge"])["JobState"] == "COMPLETED", logs(out)
+    expert = cluster.show(f"{jobs['experts']}_0")
+    assert (expert["JobState"], expert["Restarts"]) == ("COMPLETED", "1")
+    assert_same_expert(out, "sums", whole)
+    assert open_model(out / "merged").card.expert_names == ["public", "sums"]
+
+
+def test_a_cancelled_job_does_not_come_back(whole, cluster, world):
+    out = world / "cancelled"
+    path = launch_yaml(world / "cancelled.yaml", out, vectors_of(whole, "code"), published=f"{whole}/anchor")
+    assert launch(cluster, path).returncode == 0
+    job = numbers(out)["experts"]
+    wait_for_steps(out, "code", 1)
+    cluster.client("scancel", job)
+    wait_for("end of all jobs", lambda: not cluster.client("squeue", "--noheader"), 60)
+    state = cluster.show(f"{job}_0")
+    assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0")
+    assert "back into the queue" not in (out / "launch.log").read_text()
+
+
+def test_a_failing_expert_stops_its_merge_with_the_reason(whole, cluster, world):
+    out = world / "failing"
+    experts = vectors_of(whole, "notes", "sums")
+    experts["sums"]["options"] = [f"data.train=[{world}/nowhere]"]
+    path = launch_yaml(world / "failing.yaml", out, experts, published=f"{whole}/anchor", merge={})
+    assert launch(cluster, path).returncode == 0
+    jobs = numbers(out)
+    merge = cluster.wait(jobs["merge"])
+    assert (merge["JobState"], merge["Reason"]) == ("CANCELLED", "DependencyNeverSatisfied"), logs(out)
+    failed = cluster.wait(f"{jobs['experts']}_1")
+    assert (failed["JobState"], failed["ExitCode"]) == ("FAILED", "2:0")
+    (line,) = [line for line in (out / "launch.log").read_text().splitlines() if "FAILED" in line]
+    assert f"expert sums (job {jobs['experts']}_1): FAILED in train with exit status 2: " in line
+    assert f"{world}/nowhere" in line and "Slurm cancels the jobs that wait for it (DependencyNeverSatisfied)" in line
+    assert cluster.wait(f"{jobs['experts']}_0")["JobState"] == "COMPLETED"
+    assert not (out / "merged").exists()
+    # What is done is not done again.
+    again = launch(cluster, path, "--dry-run").stdout
+    assert "#SBATCH --array=1\n" in again and "--dependency=afterok:<number of experts>" in again

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
@@ -85,7 +86,12 @@ def _running(pid: int) -> bool:
     return status.rpartition(")")[2].split()[0] != "Z"
 
 
-def _wait_for(what: str, condition, timeout: float) -> None:
+def wait_for(what: str, condition: Callable[[], object], timeout: float) -> None:
+    """Wait until ``condition`` is true.
+
+    Raises:
+        TimeoutError: it is not within ``timeout`` seconds.
+    """
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
@@ -114,7 +120,7 @@ class Cluster:
         if (self.root / "run" / "slurmctld.pid").exists():
             self.client("scancel", "--user=root", check=False)
             try:  # so that no slurmstepd is left behind
-                _wait_for("end of all jobs", lambda: not self.client("squeue", "--noheader", check=False), 15)
+                wait_for("end of all jobs", lambda: not self.client("squeue", "--noheader", check=False), 15)
             except TimeoutError:
                 self.client("scancel", "--signal=KILL", "--user=root", check=False)
         # The controller first: it would wait for the nodes' daemons.
@@ -151,7 +157,7 @@ class Cluster:
                                check=False).split() == ["idle"] * len(NODES)
 
         try:
-            _wait_for("idle nodes", up, 30)
+            wait_for("idle nodes", up, 30)
         except TimeoutError as error:
             logs = "\n".join(f"{path.name}: {path.read_text()[-1000:]}" for path in (self.root / "log").iterdir())
             raise RuntimeError(f"{error}\n{logs}") from None
@@ -169,7 +175,7 @@ class Cluster:
             if _running(pid):
                 os.kill(pid, signal)
                 try:
-                    _wait_for(f"end of {pid_file.stem}", lambda: not _running(pid), 10)
+                    wait_for(f"end of {pid_file.stem}", lambda: not _running(pid), 10)
                 except TimeoutError:
                     continue
 
@@ -187,6 +193,6 @@ class Cluster:
 
     def wait(self, job: str | int, timeout: float = 180) -> dict[str, str]:
         """Wait until a job has ended for good, and return what Slurm then knows about it."""
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
-        _wait_for(f"end of job {job}", lambda: self.show(job)["JobState"] in ended, timeout)
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        wait_for(f"end of job {job}", lambda: self.show(job)["JobState"] in ended, timeout)
         return self.show(job)

@@ -1,0 +1,290 @@
+"""The scripts of `flexolmo launch`, without Slurm: rendering, --dry-run, and what is refused before it is queued."""
+
+import os
+import re
+import shlex
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from flexolmo_megatron.cli import main
+
+ROOT = Path(__file__).parent.parent.parent
+EXAMPLES = ROOT / "examples" / "slurm"
+
+LAUNCH = """\
+out: {out}
+slurm: {{partition: long, time: '1-12:00:00', nodes: 2, gpus_per_node: 4}}
+anchor: {{documents: ['public/*.jsonl'], preset: tiny, options: ['data.train=[data/public]']}}
+experts:
+  preset: tiny
+  options: [train_iters=50]
+  each:
+    code: {{documents: [code.jsonl], options: ['data.train=[data/code]']}}
+    notes: {{domain_vector: notes.npz, options: ['data.train=[data/notes]', train_iters=70], owner: Ward 7}}
+merge:
+  domains: {{code: [code_valid.jsonl]}}
+  merge_arguments: [--top-k, '2']
+"""
+
+
+@pytest.fixture
+def launch_file(tmp_path) -> Path:
+    path = tmp_path / "launch.yaml"
+    path.write_text(LAUNCH.format(out=tmp_path / "out"))
+    return path
+
+
+def dry_run(capsys, path: Path, *overrides: str) -> str:
+    assert main(["launch", str(path), "--dry-run", *overrides]) == 0
+    return capsys.readouterr().out
+
+
+def scripts(text: str) -> dict[str, str]:
+    """The parts of what --dry-run prints, by the name of their file."""
+    parts = re.split(r"^===== (.*)\n", text, flags=re.MULTILINE)[1:]
+    return {Path(path).name: body.rstrip("\n") + "\n" for path, body in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def sbatch_options(script: str) -> dict[str, str]:
+    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
+    return {name: value for name, _, value in (line.partition("=") for line in lines)}
+
+
+def refused(capsys, path: Path, *overrides: str) -> str:
+    assert main(["launch", str(path), "--dry-run", *overrides]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("flexolmo: ") and "\n" not in error
+    return error
+
+
+def test_examples_are_what_the_example_configuration_renders(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    rendered = scripts(dry_run(capsys, EXAMPLES / "launch.yaml"))
+    kept = {path.name: path.read_text() for path in EXAMPLES.iterdir() if path.suffix in (".sbatch", ".sh")}
+    assert set(kept) == {"anchor.sbatch", "experts.sbatch", "merge.sbatch", "functions.sh"}
+    for name, text in kept.items():
+        assert rendered[name] == text, f"write examples/slurm/{name} anew from flexolmo launch --dry-run"
+
+
+def test_every_script_is_valid_bash(capsys, launch_file):
+    for name, text in scripts(dry_run(capsys, launch_file)).items():
+        if name.endswith((".sbatch", ".sh")):
+            result = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+            assert result.returncode == 0 and not result.stderr, (name, result.stderr)
+            assert "{{" not in text and "\n\n\n" not in text
+
+
+def test_what_is_asked_of_slurm(capsys, launch_file, tmp_path):
+    parts = scripts(dry_run(capsys, launch_file, "slurm.account=lab", "experts.slurm={nodes: 1, options: {mem: 0}}",
+                            "slurm.options={exclusive: true, hint: null, spread-job: false, comment: 'two words'}"))
+    anchor, experts, merge = (sbatch_options(parts[f"{stage}.sbatch"]) for stage in ("anchor", "experts", "merge"))
+    assert anchor == {
+        "job-name": "out-anchor", "account": "lab", "partition": "long", "time": "1-12:00:00", "nodes": "2",
+        "ntasks-per-node": "4", "gpus-per-node": "4", "output": f"{tmp_path}/out/logs/anchor.log",
+        "open-mode": "append", "requeue": "", "signal": "USR1@300", "kill-on-invalid-dep": "yes", "exclusive": "",
+        "hint": "", "comment": '"two words"'}
+    assert experts == {**anchor, "job-name": "out-experts", "nodes": "1", "mem": "0", "array": "0,1",
+                       "output": f"{tmp_path}/out/logs/experts_%a.log"}
+    assert merge == {**anchor, "job-name": "out-merge", "nodes": "1", "ntasks-per-node": "1", "gpus-per-node": "1",
+                     "output": f"{tmp_path}/out/logs/merge.log"}
+
+
+def test_without_gpus_and_names_nothing_of_a_cluster_is_asked_for(capsys, launch_file):
+    text = dry_run(capsys, launch_file, "slurm.gpus_per_node=0", "slurm.partition=null", "slurm.time=null")
+    for stage in ("anchor", "experts", "merge"):
+        options = sbatch_options(scripts(text)[f"{stage}.sbatch"])
+        assert not {"partition", "time", "account", "qos", "gpus-per-node", "cpus-per-task"} & set(options)
+        assert options["ntasks-per-node"] == "1"
+
+
+def test_dry_run_says_how_jobs_would_be_submitted_and_writes_nothing(capsys, launch_file, tmp_path):
+    text = dry_run(capsys, launch_file)
+    folder = f"{tmp_path}/out/slurm"
+    assert text.endswith(
+        "===== to be submitted with\n"
+        f"sbatch --parsable {folder}/anchor.sbatch\n"
+        f"sbatch --parsable --dependency=afterok:<number of anchor> {folder}/experts.sbatch\n"
+        f"sbatch --parsable --dependency=afterok:<number of experts> {folder}/merge.sbatch\n")
+    assert not (tmp_path / "out").exists()
+
+
+def run_script(text: str, folder: Path, **environment: str) -> list[list[str]]:
+    """Run a job script with commands that only write down how they were called; returns the srun calls."""
+    tools = folder / "tools"
+    tools.mkdir()
+    for name, body in {
+        "srun": f'printf "%s\\0" "$@" >> {folder}/calls; printf "\\n" >> {folder}/calls; exit ${{STATUS:-0}}',
+        "scontrol": f'if [ "$1" = requeue ]; then echo "$2" >> {folder}/requeued; else echo one; echo two; fi',
+        "squeue": "echo ${STATE:-RUNNING}",
+    }.items():
+        (tools / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tools / name).chmod((tools / name).stat().st_mode | stat.S_IXUSR)
+    result = subprocess.run(
+        ["bash"], input=text, text=True, capture_output=True, cwd=folder,
+        env={"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "40017", "SLURM_JOB_NODELIST": "n[1-2]",
+             **environment})
+    (folder / "status").write_text(str(result.returncode))
+    return [line.rstrip("\0").split("\0") for line in (folder / "calls").read_text().splitlines()]
+
+
+@pytest.fixture
+def saved(capsys, launch_file, tmp_path, monkeypatch):
+    """A function that gives a stage's script, with its functions saved where it looks for them."""
+    monkeypatch.chdir(tmp_path)
+
+    def save(stage: str, *overrides: str) -> str:
+        parts = scripts(dry_run(capsys, launch_file, *overrides))
+        (tmp_path / "out" / "slurm").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / "slurm" / "functions.sh").write_text(parts["functions.sh"])
+        return parts[f"{stage}.sbatch"]
+
+    return save
+
+
+ARRAY = {"SLURM_ARRAY_JOB_ID": "40016", "SLURM_ARRAY_TASK_ID": "1"}
+
+
+def test_commands_of_an_expert(saved, tmp_path):
+    out = tmp_path / "out"
+    container = ["slurm.srun_options={container-image: img}", "slurm.python=apptainer run python"]
+    train, pack = run_script(saved("experts", *container), tmp_path, **ARRAY)  # its domain vector is there already
+    assert {"--export=ALL", "--kill-on-bad-exit=0", "--container-image=img", "--wait=60",
+            f"--output={out}/logs/experts/notes/train.rank_%t.log"} <= set(train)
+    assert train[train.index("rank") + 1:] == [
+        "apptainer", "run", "python", "-m", "flexolmo_megatron.train", "expert", "--preset", "tiny", "train_iters=50",
+        "data.train=[data/notes]", "train_iters=70", f"out={out}/experts/notes/run", f"anchor={out}/anchor",
+        "expert.name=notes", "expert.domain_vector=notes.npz"]
+    assert pack[pack.index("-m"):] == ["-m", "flexolmo_megatron.cli", "pack", f"{out}/experts/notes/run",
+                                       f"{out}/experts/notes/package", "--owner", "Ward 7"]
+    assert (tmp_path / "status").read_text() == "0"
+    assert "expert notes (job 40016_1): packed in" in (out / "launch.log").read_text()
+
+
+def test_commands_of_anchor_and_merge(saved, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "anchor").mkdir()
+    train, embed = run_script(saved("anchor"), tmp_path / "anchor")
+    assert train[train.index("rank") + 1:] == ["python", "-m", "flexolmo_megatron.train", "anchor", "--preset", "tiny",
+                                               "data.train=[data/public]", f"out={out}/anchor_run"]
+    assert embed[embed.index("embed"):] == ["embed", "public/*.jsonl", "--anchor", f"{out}/anchor_run", "--out",
+                                            f"{out}/public.npz", "--publish", f"{out}/anchor"]
+    (tmp_path / "merge").mkdir()
+    merge, evaluate = run_script(saved("merge"), tmp_path / "merge")
+    assert merge[merge.index("merge"):] == ["merge", "--anchor", f"{out}/anchor", f"{out}/experts/code/package",
+                                            f"{out}/experts/notes/package", "--out", f"{out}/merged", "--top-k", "2"]
+    assert evaluate[evaluate.index("eval"):] == [
+        "eval", "--out", f"{out}/evaluation", "--reference", "public", "--routing", "--model", f"public={out}/anchor",
+        "--model", f"merged={out}/merged", "--model", f"without code={out}/merged@-code",
+        "--model", f"without notes={out}/merged@-notes", "--domain", "code=code_valid.jsonl"]
+
+
+@pytest.mark.parametrize("status, environment, requeued, line", [
+    ("75", {}, True, "interrupted in train (exit status 75): back into the queue"),
+    ("143", {"SLURM_RESTART_COUNT": "3"}, True, "interrupted in train (exit status 143): back into the queue"),
+    ("75", {"STATE": "COMPLETING"}, False, None),
+    ("75", {"SLURM_RESTART_COUNT": "50"}, False, "FAILED in train with exit status 75; see"),
+    ("1", {}, False, "FAILED in train with exit status 1; see"),
+    ("137", {}, False, "FAILED in train with exit status 137: killed, perhaps for want of memory; see"),
+])
+def test_what_an_exit_status_leads_to(saved, tmp_path, status, environment, requeued, line):
+    run_script(saved("experts"), tmp_path, STATUS=status, **ARRAY, **environment)
+    assert (tmp_path / "requeued").exists() is requeued
+    if requeued:  # 40017 may stand for the whole array
+        assert (tmp_path / "requeued").read_text() == "40016_1\n"
+    log = tmp_path / "out" / "launch.log"
+    assert (tmp_path / "status").read_text() == status
+    assert (line in log.read_text()) if line else not log.exists()
+
+
+def test_setup_and_odd_names_reach_the_shell_as_they_are(saved, tmp_path, launch_file):
+    text = launch_file.read_text().replace("code.jsonl]", "\"it's $HOME; .jsonl\"]", 1)
+    launch_file.write_text(text)
+    script = saved("experts", "slurm.setup=['export WHO=me', 'module() { :; }']")
+    assert "\nexport WHO=me\nmodule() { :; }\n" in script
+    (embed, *_) = run_script(script, tmp_path, SLURM_ARRAY_JOB_ID="1", SLURM_ARRAY_TASK_ID="0")
+    assert embed[embed.index("embed") + 1] == "it's $HOME; .jsonl"
+
+
+@pytest.mark.parametrize("overrides, message", [
+    (["slurm.partitoin=x"], "unknown option 'slurm.partitoin' (did you mean 'partition'?)"),
+    (["expert={}"], "unknown option 'expert' (did you mean 'experts'?)"),
+    (["experts.each.code.document=[x]"], "unknown option 'experts.each.code.document' (did you mean 'documents'?)"),
+    (["experts.slurm.node=3"], "unknown option 'experts.slurm.node' (did you mean 'nodes'?)"),
+    (["slurm.time=43200"], "slurm.time = 43200: expected text in quotes, as '12:00:00'"),
+    (["merge.slurm.time=7200"], "merge.slurm.time = 7200: expected text in quotes"),
+    (["slurm.time=soon"], "slurm.time = 'soon' (job anchor): expected hours:minutes:seconds"),
+    (["slurm.nodes=two"], "slurm.nodes: Value 'two' of type 'str' could not be converted to Integer"),
+    (["merge.slurm.nodes=two"], "merge.slurm.nodes: Value 'two'"),
+    (["experts.slurm.nodes=0"], "slurm.nodes = 0 (job experts): expected at least 1"),
+    (["slurm.options.partition=x"], "slurm.options.partition: expected slurm.partition instead"),
+    (["slurm.options.array=0-3"], "slurm.options.array: expected no such option, the scripts set it"),
+    (["slurm.options={-p: x}"], "'-p' is not the long name of an option"),
+    (["slurm.options={comment: 'a \"b'}"], "expected text without quotation marks"),
+    (["slurm.options={mem: [1]}"], "slurm.options.mem = [1]: expected one value"),
+    (["published=anchor"], "expected either a section anchor or published="),
+    (["anchor=null"], "expected either a section anchor or published="),
+    (["anchor.documents=[]"], "anchor.documents is empty"),
+    (["experts.each.code.domain_vector=x.npz"], "experts.each.code: expected either documents or domain_vector"),
+    (["experts=null"], "merge.packages is empty and there is no section experts"),
+    (["out=runs/%j"], "out = 'runs/%j': expected a path without %"),
+    (["anchor.preset=tinny"], "anchor: unknown preset 'tinny' (did you mean 'tiny'?)"),
+    (["anchor.options=[]"], "anchor: data.train has no value"),
+    (["experts.options=[optimizer.lrr=1]"], "experts.each.code: the command line: unknown option 'optimizer.lrr'"),
+    (["experts.config=[/nowhere.yaml]"], "experts.each.code: /nowhere.yaml does not exist"),
+    (["experts.options=[stop_after=3]"], "stop_after = 3: a job ends by its time limit"),
+])
+def test_what_is_refused(capsys, launch_file, overrides, message):
+    assert message in refused(capsys, launch_file, *overrides)
+
+
+def test_names_of_experts_are_checked(capsys, launch_file):
+    launch_file.write_text(launch_file.read_text().replace("    code:", "    'a b':", 1))
+    assert "'a b'" in refused(capsys, launch_file)
+
+
+def test_files_that_are_no_launch_are_refused(capsys, tmp_path):
+    assert "nowhere.yaml does not exist" in refused(capsys, tmp_path / "nowhere.yaml")
+    path = tmp_path / "launch.yaml"
+    for text, message in (("a: [", "is not valid YAML"), ("- a", "expected a mapping of options at the top"),
+                          ("out: x", "expected at least one of the sections"),
+                          ("out: x\npublished: x\nexperts: {each: {}}", "experts.each is empty"),
+                          ("published: x\nmerge: {packages: [x]}", "out has no value")):
+        path.write_text(text)
+        assert message in refused(capsys, path)
+
+
+def test_without_slurm_nothing_is_written(capsys, launch_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["launch", str(launch_file)]) == 2
+    assert "there is no sbatch on this machine" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_script_is_reported_with_what_was_submitted(capsys, launch_file, tmp_path, monkeypatch):
+    tool = tmp_path / "sbatch"
+    tool.write_text('#!/bin/bash\nif [[ $* = *anchor.sbatch ]]; then echo 17; else echo "no such" >&2; exit 1; fi\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert main(["launch", str(launch_file)]) == 2
+    error = capsys.readouterr().err
+    assert f"sbatch refused {tmp_path}/out/slurm/experts.sbatch: no such" in error
+    assert "already submitted, to be cancelled with scancel: anchor 17" in error
+
+
+def test_only_what_is_missing_is_submitted(capsys, launch_file, tmp_path):
+    out = tmp_path / "out"
+    (out / "anchor").mkdir(parents=True)
+    (out / "experts" / "code" / "package").mkdir(parents=True)
+    parts = scripts(dry_run(capsys, launch_file))
+    assert "anchor.sbatch" not in parts and sbatch_options(parts["experts.sbatch"])["array"] == "1"
+    assert "sbatch --parsable " + shlex.quote(f"{out}/slurm/experts.sbatch") in parts["to be submitted with"]
+    (out / "merged").mkdir()
+    assert "merged exists already, without notes, still to be trained" in refused(capsys, launch_file)
+    (out / "experts" / "notes" / "package").mkdir(parents=True)
+    assert list(scripts(dry_run(capsys, launch_file))) == ["functions.sh", "merge.sbatch", "to be submitted with"]
+    (out / "evaluation").mkdir()
+    assert main(["launch", str(launch_file)]) == 0
+    assert capsys.readouterr().out == f"{out}: everything is there already\n"
