@@ -5,6 +5,7 @@ Legend: s sequence, b batch, n query heads of this rank, g key/value groups of t
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -32,11 +33,22 @@ class FlexOlmoSelfAttention(SelfAttention):
         self.k_layernorm = ProjectionRMSNorm(config, config.num_query_groups, self.pg_collection.tp)
 
 
+def _positions(tokens_per_rank: int, ranks: int) -> Tensor:
+    """Places in the sequence `[ranks, tokens_per_rank]` of each context-parallel rank's tokens.
+
+    Rank r has the chunks r and 2 * ranks - 1 - r of 2 * ranks (Megatron's get_batch_on_this_cp_rank), which balances
+    causal attention.
+    """
+    chunks = torch.arange(tokens_per_rank * ranks).view(2 * ranks, -1)
+    return torch.cat([chunks[:ranks], chunks[ranks:].flip(0)], dim=1)
+
+
 class TorchAttention(MegatronModule):
     """Core attention of the local backend: torch's scaled_dot_product_attention.
 
     Unlike upstream's DotProductAttention it never stores the `[b, n, s, s]` scores. No dropout, no sliding window,
-    no packed sequences, no context parallelism.
+    no packed sequences. Under context parallelism every rank gathers all keys and values of a sequence, so memory falls
+    less than with Transformer Engine's ring.
     """
 
     def __init__(
@@ -51,9 +63,10 @@ class TorchAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1 or config.attention_dropout:
-            raise ValueError("TorchAttention supports neither context parallelism nor attention dropout")
+        if config.attention_dropout:
+            raise ValueError("TorchAttention does not support attention dropout")
         self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -67,15 +80,22 @@ class TorchAttention(MegatronModule):
     ) -> Tensor:
         """Attend from `[sq, b, n, d]` to `[sk, b, g, d]`; returns `[sq, b, n * d]`.
 
-        attention_mask is None for plain causal attention (the last query sees all keys), or boolean
-        `[b, 1, sq, sk]`, True where a query must not look (Megatron's convention).
+        attention_mask is None for plain causal attention (the last query sees all keys), or boolean `[b, 1, sq, sk]`,
+        True where a query must not look (Megatron's convention). Under context parallelism sq and sk are this rank's
+        part of the sequence, and there is no mask.
         """
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        queries, keys = query.shape[2], key.shape[2]
         mask = None
         if attention_mask is not None:
             mask = ~attention_mask
-        elif 1 < queries < keys:
+        if self.cp_group is not None:
+            assert mask is None and len(query) == len(key), "context parallelism is for plain causal attention"
+            positions = _positions(len(query), self.cp_group.size()).to(query.device)
+            mask = positions[self.cp_group.rank()][:, None] >= positions.flatten()
+            # In the order of the ranks, not of the sequence: the mask knows. The gradients are summed over the ranks.
+            key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        queries, keys = query.shape[2], key.shape[2]
+        if mask is None and 1 < queries < keys:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
         context_BNSD = torch.nn.functional.scaled_dot_product_attention(
             query,

@@ -14,6 +14,7 @@ from flexolmo_megatron.model.attention import FlexOlmoSelfAttention, TorchAttent
 from flexolmo_megatron.model.config import ModelKind
 from flexolmo_megatron.model.ffn import GatedFFN
 from flexolmo_megatron.model.layer import FlexOlmoLayer, FlexOlmoLayerSubmodules
+from flexolmo_megatron.model.linear import ColumnLinear
 from flexolmo_megatron.model.norm import RMSNorm
 from flexolmo_megatron.model.pair import CoupledPair, CoupledPairSubmodules
 from flexolmo_megatron.model.router import DomainRouter, PairRouter
@@ -27,6 +28,9 @@ class TorchSpecProvider(LocalSpecProvider):
 
     def core_attention(self) -> type:
         return TorchAttention
+
+    def column_parallel_linear(self) -> type:
+        return ColumnLinear
 
 
 def engine_is_default() -> bool:
