@@ -22,14 +22,19 @@ CHECKPOINTS = "checkpoints"
 """Folder of a training run that holds one Megatron checkpoint per saved step, ``step_00000100`` and so on."""
 
 _EXPECTED = ("expected a Hugging Face directory (config.json), a Megatron checkpoint (.metadata and flexolmo.json) or "
-             "a training run (checkpoints/step_*)")
+             "a training run (checkpoints/step_* or iter_*)")
+_CARDS = "python -m flexolmo_megatron.integrations.megatron_lm cards"
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """Return the newest complete checkpoint of a training run, or None. Half-written ones have other names."""
-    steps = [path for path in (directory / CHECKPOINTS).glob("step_*")
-             if path.name.removeprefix("step_").isdecimal() and _is_megatron(path)]
-    return max(steps, key=lambda path: int(path.name.removeprefix("step_")), default=None)
+    """Return the newest complete checkpoint of a training run, or None.
+
+    Runs of this package have them in ``checkpoints/step_*``, launches through Megatron-LM in ``iter_*``. A half-written
+    one has another name, or no card.
+    """
+    steps = [path for path in [*(directory / CHECKPOINTS).glob("step_*"), *directory.glob("iter_*")]
+             if path.name.rpartition("_")[2].isdecimal() and _is_megatron(path)]
+    return max(steps, key=lambda path: int(path.name.rpartition("_")[2]), default=None)
 
 
 def _is_megatron(directory: Path) -> bool:
@@ -56,7 +61,11 @@ def open_model(path: str | os.PathLike) -> LazyModel:
     if (path / CHECKPOINTS).is_dir():
         raise FlexOlmoError(f"{path / CHECKPOINTS} has no complete checkpoint: expected a folder step_* in it")
     if (path / METADATA_FILE).exists():
-        raise FlexOlmoError(f"{path} has no {CARD_FILE}: expected it in a Megatron checkpoint of this package")
+        raise FlexOlmoError(f"{path} has no {CARD_FILE}: expected it in a Megatron checkpoint of this package; after a "
+                            f"launch through Megatron-LM, run: {_CARDS} {path.parent}")
+    if any(path.glob(f"iter_*/{METADATA_FILE}")):
+        raise FlexOlmoError(f"{path} holds checkpoints without {CARD_FILE}; after a launch through Megatron-LM, run: "
+                            f"{_CARDS} {path}")
     if (path / "manifest.json").exists():
         raise FlexOlmoError(f"{path} is an expert package, not a model: {_EXPECTED}")
     raise FlexOlmoError(f"{path} holds no model: {_EXPECTED}")
