@@ -3,12 +3,12 @@
     python -m flexolmo_megatron.integrations.megatron_lm cards SAVE      # makes checkpoints of a killed run readable
 """
 
-import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.patches import core_version
 from flexolmo_megatron.runtime.setup import prepare
 from flexolmo_megatron.runtime.versions import TESTED
 
@@ -46,7 +46,7 @@ def find_tree() -> Path:
     if core != tree / "megatron" / "core":
         raise FlexOlmoError(f"megatron.training is in {tree} but megatron.core in {core}: expected both from the "
                             f"checkout; put {tree} first on PYTHONPATH")
-    found, tested = runpy.run_path(str(core / "package_info.py"))["__version__"], TESTED["megatron-core"]
+    found, tested = core_version(core), TESTED["megatron-core"]
     if not tested.contains(found, prereleases=True):
         raise FlexOlmoError(f"{tree} is Megatron-LM with core {found}: tested is {tested}; run: git -C {tree} checkout "
                             "core_v0.16.1")

@@ -87,6 +87,7 @@ class ModelProvider:
         if expert and len(self.chunks) == (args.virtual_pipeline_model_parallel_size or 1):
             fill_pair(self.chunks, self.arguments.plan.anchor, self.rows)
             for index, chunk in enumerate(self.chunks):
+                _mark_router(chunk)
                 self._remember_frozen(index, chunk)
         return model
 
@@ -133,6 +134,16 @@ class ModelProvider:
         save = get_args().save
         if save and torch.distributed.get_rank() == 0:
             write_cards(Path(save))
+
+
+def _mark_router(chunk: GPTModel) -> None:
+    """Let --decoupled-lr be the learning rate of router rows and biases.
+
+    It is Megatron-LM's one learning rate beside --lr, meant for embedding and head, which are frozen here.
+    """
+    for name, parameter in chunk.named_parameters():
+        if parameter.requires_grad and ".router." in name:
+            parameter.is_embedding_or_output_parameter = True
 
 
 def _newest(args: argparse.Namespace) -> tuple[Path, ModelCard] | None:
