@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from flexolmo_megatron.errors import FlexOlmoError
 
 if TYPE_CHECKING:
+    from rich.console import Group
+
     from flexolmo_megatron.convert.lazy import LazyModel
 
 
@@ -140,8 +142,6 @@ def _uncoordinated(dense: "LazyModel", anchor: "LazyModel | None", args: argpars
 
 def run_verify(args: argparse.Namespace) -> None:
     """Run ``flexolmo verify``."""
-    from rich.console import Console
-
     from flexolmo_megatron.convert.model import open_model, total_bytes
     from flexolmo_megatron.convert.progress import byte_progress
     from flexolmo_megatron.exchange.inspect import describe, render
@@ -154,7 +154,7 @@ def run_verify(args: argparse.Namespace) -> None:
         reference = AnchorReference.of(anchor, progress=add)
     with byte_progress(size, "verify") as add:
         package = verify(args.package, reference, add)
-    Console().print(render(describe(args.package) | {"contents": "intact, all numbers finite"}))
+    _show(render(describe(args.package) | {"contents": "intact, all numbers finite"}))
     _report_positive_bias({package.manifest.name: package.positive_bias_layers()})
     print(f"accepted: {args.package} may be merged into {args.anchor}")
 
@@ -179,7 +179,8 @@ def run_merge(args: argparse.Namespace) -> None:
                           progress=partial(byte_progress, what="merge"))
     _report_positive_bias(report.positive_bias_layers)
     model = report.card.model
-    print(f"{args.out}: {model.num_experts} experts ({', '.join(report.card.expert_names)}), top-k {model.top_k}, "
+    print(f"{args.out}: {model.num_experts} expert{'s' * (model.num_experts > 1)} "
+          f"({', '.join(report.card.expert_names)}), top-k {model.top_k}, "
           f"{report.num_bytes / 1e9:,.3f} GB, anchor {report.card.anchor_digest}")
 
 
@@ -188,8 +189,6 @@ def run_inspect(args: argparse.Namespace) -> None:
     import json
     from functools import partial
 
-    from rich.console import Console
-
     from flexolmo_megatron.convert.progress import byte_progress
     from flexolmo_megatron.exchange.inspect import describe, render
 
@@ -197,7 +196,15 @@ def run_inspect(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(description, indent=2))
     else:
-        Console().print(render(description))
+        _show(render(description))
+
+
+def _show(tables: "Group") -> None:
+    from rich.console import Console
+
+    console = Console()
+    # In a file or pipe there is no width to keep to, and a digest in two pieces is found by no search.
+    Console(width=console.width if console.is_terminal else 200).print(tables)
 
 
 def _report_positive_bias(layers_by_expert: dict[str, list[int]]) -> None:

@@ -41,6 +41,7 @@ def test_from_checkpoints_to_a_merged_model_and_back(work, anchor, digest, capsy
     flexolmo("verify", work / "math", "--anchor", work / "anchor")
     shown = capsys.readouterr().out
     assert "intact, all numbers finite" in shown and "[red]me" in shown and "MIT" in shown
+    assert digest in shown  # in one piece
     assert shown.endswith(f"accepted: {work / 'math'} may be merged into {work / 'anchor'}\n")
 
     flexolmo("merge", "--anchor", work / "anchor", work / "math", work / "code", "--out", work / "merged")
@@ -57,6 +58,10 @@ def test_from_checkpoints_to_a_merged_model_and_back(work, anchor, digest, capsy
 
     flexolmo("merge", "--model", work / "merged", "--remove", "math", "--add", work / "math", "--out", work / "again")
     assert open_model(work / "again").card.expert_names == ["public", "mine", "math"]
+
+    capsys.readouterr()
+    flexolmo("merge", "--model", work / "merged", "--remove", "math", "mine", "--out", work / "alone")
+    assert f"{work / 'alone'}: 1 expert (public), top-k 1, " in capsys.readouterr().out
 
 
 def test_inspect(work, make_package, digest, capsys):
