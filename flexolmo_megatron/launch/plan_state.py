@@ -1,7 +1,7 @@
 """Bytes of weights, gradients and optimizer state of one process, tensor by tensor as Megatron lays them out.
 
-Source: megatron/core/distributed/param_and_grad_buffer.py and optimizer/distrib_optimizer.py (0.16.1), with the settings
-of ``training/start.py``: gradients in fp32, one bucket per buffer. Compared with the built model in
+Source: megatron/core/distributed/param_and_grad_buffer.py and optimizer/distrib_optimizer.py (0.16.1), with what
+``training/start.py`` sets: gradients in fp32, one bucket per buffer. Compared with the built model in
 tests/launch/test_plan_shapes.py. The names are the local modules'; Transformer Engine's stacked experts have the same
 sizes in another order, which can move paddings of up to 63 elements from one process to the next.
 """
@@ -41,6 +41,8 @@ class State:
     """Bytes of fp32 master weights (where weights are bfloat16) and of two fp32 moments."""
     trained: int
     """Parameters that train."""
+    experts: int
+    """Of these, experts in the buffers of expert parallelism."""
     frozen: int
     """Parameters that do not."""
 
@@ -49,11 +51,11 @@ class State:
         return self.weights + self.gradients + self.optimizer
 
 
+_NOTHING = State(0, 0, 0, 0, 0, 0)
+
+
 def _sum(states: Iterable[State]) -> State:
-    states = list(states)
-    return State(
-        *(sum(getattr(s, n) for s in states) for n in ("weights", "gradients", "optimizer", "trained", "frozen"))
-    )
+    return State(*map(sum, zip(*(vars(state).values() for state in states), strict=True)))
 
 
 def chunk_parameters(work: Work, layout: Layout, chunk: Chunk) -> list[Parameter]:
@@ -131,16 +133,21 @@ def _pad(value: int, divisor: int) -> int:
     return -(-value // divisor) * divisor
 
 
-def _buffer(work: Work, sizes: list[int], shards: int, rank: int, distributed: bool) -> State:
+def _buffer(
+    work: Work, parameters: list[Parameter], shards: int, rank: int, distributed: bool, experts: bool = False
+) -> State:
     """One buffer of gradients (and, with the distributed optimizer, weights) and this process's part of its state.
 
     Args:
-        sizes: elements of its parameters in the order of the modules; the buffer has them in reverse.
+        parameters: in the order of the modules; the buffer has them in reverse.
         shards: processes that share the optimizer's state.
         rank: of this process among them.
+        distributed: whether the optimizer is.
+        experts: whether this is a buffer of expert parallelism.
     """
+    sizes = [parameter.size for parameter in parameters]
     if not sizes:
-        return State(0, 0, 0, 0, 0)
+        return _NOTHING
     places, end = [], 0
     for size in reversed(sizes):
         begin = _pad(end, 64) if distributed else end
@@ -151,9 +158,9 @@ def _buffer(work: Work, sizes: list[int], shards: int, rank: int, distributed: b
     if distributed:
         mine = (rank * (whole // shards), (rank + 1) * (whole // shards))
     held = [part for begin, end in places if (part := min(end, mine[1]) - max(begin, mine[0])) > 0]
-    # Two moments, and a master copy beside bfloat16 weights, all fp32; torch's AdamW counts steps in 4 bytes per tensor.
+    # Two moments, and a master copy beside bfloat16 weights, all fp32; torch's AdamW has 4 bytes more per tensor.
     optimizer = sum(held) * (12 if work.element == 2 else 8) + (4 * len(held) if work.backend == "local" else 0)
-    return State(whole * work.element, whole * 4, optimizer, sum(sizes), 0)
+    return State(whole * work.element, whole * 4, optimizer, sum(sizes), sum(sizes) if experts else 0, 0)
 
 
 @cache
@@ -161,13 +168,12 @@ def _chunk_state(work: Work, layout: Layout, chunk: Chunk, rank: int, expert_ran
     parameters = chunk_parameters(work, layout, chunk)
     trained = [p for p in parameters if p.trains]
     frozen = sum(p.size for p in parameters if not p.trains)
-    dense = [p.size for p in trained if not p.expert]
-    experts = [p.size for p in trained if p.expert]
+    dense, experts = [p for p in trained if not p.expert], [p for p in trained if p.expert]
     return _sum(
         [
             _buffer(work, dense, layout.shards, rank, layout.distributed),
-            _buffer(work, experts, layout.expert_shards, expert_rank, layout.distributed),
-            State(frozen * work.element, 0, 0, 0, frozen),
+            _buffer(work, experts, layout.expert_shards, expert_rank, layout.distributed, experts=True),
+            State(frozen * work.element, 0, 0, 0, 0, frozen),
         ]
     )
 
@@ -183,12 +189,12 @@ def state(work: Work, layout: Layout, stage: int, rank: int = 0, expert_rank: in
             it. Rank 0 has the most.
         expert_rank: the same for experts, among ``layout.expert_shards``.
     """
-    # What does not matter here is left at one value, so that the cache serves many layouts.
-    same = Layout(
-        layout.world, layout.tensor, layout.pipeline, layout.virtual, layout.context, layout.expert,
-        layout.expert_tensor, distributed=layout.distributed,
-    )  # fmt: skip
-    return _sum(_chunk_state(work, same, _moved(chunk), rank, expert_rank) for chunk in chunks(work, layout, stage))
+    return _state(work, layout.still, stage, rank, expert_rank)
+
+
+@cache
+def _state(work: Work, layout: Layout, stage: int, rank: int, expert_rank: int) -> State:
+    return _sum(_chunk_state(work, layout, _moved(chunk), rank, expert_rank) for chunk in chunks(work, layout, stage))
 
 
 def _moved(chunk: Chunk) -> Chunk:

@@ -6,7 +6,7 @@ Legend of the plan_* files: T tokens of one microbatch on one context-parallel r
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal
 
 from flexolmo_megatron.config.layout import Kind, layout_problem
@@ -124,6 +124,23 @@ class Layout:
         object.__setattr__(self, "expert_tensor", self.expert_tensor or self.tensor)
 
     @cached_property
+    def _hash(self) -> int:
+        return hash((self.world, *self.groups, self.virtual, self.micro_batch, self.recompute, self.distributed))
+
+    def __hash__(self) -> int:  # layouts are keys of many caches: once is enough
+        return self._hash
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """TP, PP, CP, EP and ETP: what decides the process groups."""
+        return self.tensor, self.pipeline, self.context, self.expert, self.expert_tensor
+
+    @cached_property
+    def still(self) -> "Layout":
+        """The same with one sample at a time and nothing recomputed: weights and gradients do not depend on those."""
+        return replace(self, micro_batch=1, recompute=False)
+
+    @cached_property
     def data(self) -> int:
         """Data-parallel processes (DP)."""
         return self.world // (self.tensor * self.pipeline * self.context)
@@ -198,21 +215,30 @@ def chunks(work: Work, layout: Layout, stage: int) -> list[Chunk]:
     return [Chunk(place * size, size, place == 0, place == last) for place in places]
 
 
-def _divisors(number: int) -> list[int]:
-    return [value for value in range(1, number + 1) if number % value == 0]
+def alike(work: Work, layout: Layout, stage: int) -> list[tuple[Chunk, int]]:
+    """Return the chunks of ``chunks`` with the number of those like it: all but the model's first and last are."""
+    held = chunks(work, layout, stage)
+    plain = [chunk for chunk in held if not chunk.embedding and not chunk.head]
+    special = [(chunk, 1) for chunk in held if chunk.embedding or chunk.head]
+    return special + ([(plain[0], len(plain))] if plain else [])
+
+
+@cache
+def _divisors(number: int) -> tuple[int, ...]:
+    return tuple(value for value in range(1, number + 1) if number % value == 0)
 
 
 def layouts(work: Work, world: int, gpus_per_node: int) -> Iterator[Layout]:
-    """Yield every layout that can run; tensor-parallel processes stay within a node.
+    """Yield every layout that can run, without recomputation; tensor-parallel processes stay within a node.
 
     Context parallelism needs Transformer Engine's attention. A micro batch is a power of two up to 8. Distributed
     optimizer wherever there is something to share: it needs less memory and sends less than without.
     """
-    expert_sizes = _divisors(math.gcd(work.model.num_experts, world)) if work.kind == "moe" else [1]
-    contexts = [1, 2, 4, 8] if work.backend == "te" else [1]
+    expert_sizes = _divisors(math.gcd(work.model.num_experts, world)) if work.kind == "moe" else (1,)
+    contexts = (1, 2, 4, 8) if work.backend == "te" else (1,)
     for tensor in _divisors(math.gcd(world, gpus_per_node)):
         for pipeline in _divisors(math.gcd(work.model.num_layers, world)):
-            virtuals = _divisors(work.model.num_layers // pipeline) if pipeline > 1 else [1]
+            virtuals = _divisors(work.model.num_layers // pipeline) if pipeline > 1 else (1,)
             for context in contexts:
                 for expert in expert_sizes:
                     # Megatron sums the gradients of replicated experts over the right processes only with EP.
@@ -220,12 +246,12 @@ def layouts(work: Work, world: int, gpus_per_node: int) -> Iterator[Layout]:
                         whole = Layout(world, tensor, pipeline, 1, context, expert, expert_tensor)
                         if world % (tensor * pipeline * context) or world % (expert_tensor * expert * pipeline):
                             continue
-                        if replace(whole, micro_batch=1).problem(work):
+                        if whole.problem(work):
                             continue
                         yield from _settings(work, whole, virtuals)
 
 
-def _settings(work: Work, whole: Layout, virtuals: list[int]) -> Iterator[Layout]:
+def _settings(work: Work, whole: Layout, virtuals: tuple[int, ...]) -> Iterator[Layout]:
     for virtual in virtuals:
         for micro_batch in (1, 2, 4, 8):
             layout = replace(
@@ -236,4 +262,3 @@ def _settings(work: Work, whole: Layout, virtuals: list[int]) -> Iterator[Layout
             )
             if layout.problem(work) is None:
                 yield layout
-                yield replace(layout, recompute=True)

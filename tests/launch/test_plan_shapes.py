@@ -135,7 +135,6 @@ def _build_rank(mode: str, layout: Layout, config: TrainConfig, model: Any) -> d
 def build_all(cases: list[tuple[str, Layout, tuple[int, ...]]]) -> list[list[dict[str, Any]]]:
     """Runs in a process of its own."""
     import torch
-
     from torch.overrides import TorchFunctionMode
 
     from flexolmo_megatron.runtime.setup import prepare
@@ -182,9 +181,8 @@ def test_plan_matches_what_megatron_builds(built, index):
             planned = [(p.name, p.shape, p.trains) for p in chunk_parameters(work, layout, chunk)]
             assert planned == shapes, f"rank {rank}"
         planned = state(work, layout, real["stage"], real["rank"], real["expert_rank"])
-        assert {name: getattr(planned, name) for name in vars(planned)} == {
-            name: real[name] for name in vars(planned)
-        }, f"rank {rank}"
+        compared = ("trained", "frozen", "weights", "gradients", "optimizer")
+        assert [getattr(planned, name) for name in compared] == [real[name] for name in compared], f"rank {rank}"
     assert {0, layout.pipeline - 1} <= stages
 
 
