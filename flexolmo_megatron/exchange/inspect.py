@@ -55,7 +55,7 @@ def _describe_model(path: Path, digest: bool, progress: Progress) -> dict[str, A
     result["architecture"] = asdict(model.card.model)
     result |= _sizes(model)
     result["experts"] = [asdict(expert) for expert in model.card.experts]
-    for field in ("anchor_digest", "anchor_path", "tokenizer", "training"):
+    for field in ("chosen_top_k", "anchor_digest", "anchor_path", "tokenizer", "training"):
         result[field] = getattr(model.card, field)
     if digest:
         with progress(total_bytes(model)) as add:

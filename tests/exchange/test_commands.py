@@ -82,6 +82,7 @@ def test_inspect(work, make_package, digest, capsys):
     assert merged["bytes"] == 2 * merged["parameters"]
     assert [expert["owner"] for expert in merged["experts"]] == ["", "An owner", "An owner"]
     assert merged["anchor_digest"] == digest and "digest" not in merged
+    assert merged["chosen_top_k"] == 1 and described["chosen_top_k"] is None
 
     flexolmo("inspect", work / "merged")
     shown = capsys.readouterr().out
