@@ -1,6 +1,6 @@
 """What Transformer Engine's modules need beyond their construction: settings, and care for frozen weights.
 
-How Transformer Engine (v2.9 to v2.11, pytorch/module/linear.py and grouped_linear.py) treats a weight that does not
+How Transformer Engine (v2.10, v2.11: pytorch/module/linear.py and grouped_linear.py) treats a weight that does not
 require a gradient: the input is not kept for the backward pass and the weight-gradient product is not launched
 (``ctx.requires_wgrad``), main_grad is not touched. Two things it does not do:
 

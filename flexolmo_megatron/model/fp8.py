@@ -1,7 +1,7 @@
 """FP8 recipes of Transformer Engine by name: what each needs of the chip and of the sizes, and its Megatron settings.
 
 Checked here, before any model is built, because Transformer Engine itself only asserts in the first forward pass. The
-limits are those of transformer_engine/pytorch/quantization.py and utils.py, v2.9 to v2.11.
+limits are those of transformer_engine/pytorch/quantization.py and utils.py, v2.10 and v2.11.
 
 Quantised are the matrix products of attention's projections and of the FFNs, inside Megatron's decoder layers. The
 embedding, norms, core attention, the router (plain torch in fp32), the final norm and the output layer (Megatron's own,
@@ -19,8 +19,9 @@ from packaging.version import Version
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.errors import FlexOlmoError, nearest
 
-ENGINE = SpecifierSet(">=2.9,<2.12")
-"""Versions of Transformer Engine that megatron-core 0.16.1 is made for (its package metadata)."""
+ENGINE = SpecifierSet(">=2.10,<2.12")
+"""Versions of Transformer Engine that megatron-core 0.16.1 is made for (its package metadata), but not 2.9: with that
+one, Megatron's router takes Transformer Engine's matrix product, which rounds fp32 to TF32."""
 INSTALL = f"pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]{ENGINE}'"
 
 
