@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from flexolmo_megatron.runtime.gloo import allow_unequal_parts
+
 _CPU = torch.device("cpu")
 
 
@@ -99,6 +101,7 @@ def enable_cpu_runtime() -> None:
     if "megatron.core" in sys.modules:  # too late for that, but not for running the compiled ones as they are
         torch._dynamo.config.disable = True
     _replace_cuda_functions()
+    allow_unequal_parts()
     _CudaMeansCpu().__enter__()
 
     from megatron.core.tensor_parallel import random as megatron_random
