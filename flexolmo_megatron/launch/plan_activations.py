@@ -75,6 +75,8 @@ def _pair_ffn(work: Work, layout: Layout, gradient: bool) -> int:
     model, element = work.model, work.element
     tokens, split = _tokens(work, layout)
     kept = split * model.hidden_size * element  # input of router and expert
+    if not gradient and layout.tensor > 1 and work.backend == "local":
+        kept += tokens * model.hidden_size * element  # the expert's, gathered (model/linear.py)
     kept += 2 * model.hidden_size * element  # the two rows as one matrix
     kept += split * (2 * 2 * 4 + 4) + 4  # logits for the z-loss, log of the sums, softmax; a factor
     kept += split * element if element == 2 else 0  # the owner's share as a number of the model's type
@@ -129,7 +131,8 @@ def chunk_activations(work: Work, layout: Layout, chunk: Chunk) -> int:
     if chunk.embedding and work.all_train:
         embedding = 8 * tokens + (tokens if layout.tensor > 1 else 0)
     if layout.recompute:
-        return embedding + chunk.layers * split * work.model.hidden_size * work.element
+        angles = 4 * work.sequence // layout.context * work.model.head_dim  # of RoPE, shared by the layers
+        return embedding + angles + chunk.layers * split * work.model.hidden_size * work.element
     below = chunk.first > 0 or work.all_train
     return embedding + _layer(work, layout, below) + (chunk.layers - 1) * _layer(work, layout, True)
 

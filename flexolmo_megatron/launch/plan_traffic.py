@@ -50,7 +50,8 @@ def _layer_bytes(work: Work, layout: Layout, gradient: bool) -> dict[str, float]
     if work.kind == "dense":
         sent["tensor"] += ring * rows * (2 * forward + 2 + work.all_train)
     elif work.kind == "pair":  # two FFNs, each by itself
-        sent["tensor"] += ring * rows * (2 * forward + 3) + ring * rows * (2 * forward + 2 * gradient)
+        own = 3 if gradient else 1 if work.backend == "local" else 2  # the local one keeps the gathered input there
+        sent["tensor"] += ring * rows * (2 * forward + own) + ring * rows * (2 * forward + 2 * gradient)
     else:
         copies = expert_tokens(work, layout) * model.hidden_size * element
         backward = 2 if passes else 1  # the first layer's router needs only the gradients of the experts' outputs
