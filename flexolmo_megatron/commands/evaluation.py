@@ -61,8 +61,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def run_eval(args: argparse.Namespace) -> None:
     """Run ``flexolmo eval``."""
-    from rich.console import Console
-
+    from flexolmo_megatron.commands.console import show
     from flexolmo_megatron.evaluation.candidates import parse_candidate, parse_domains
     from flexolmo_megatron.evaluation.compare import Options, compare
     from flexolmo_megatron.evaluation.report import check_free, write_report
@@ -72,7 +71,7 @@ def run_eval(args: argparse.Namespace) -> None:
     options = Options(max_bytes=args.max_bytes, batch_tokens=args.batch_tokens, text_key=args.text_key,
                       max_bad=args.max_bad, routing=args.routing, dtype=args.dtype, anchor=args.anchor)
     results = compare(candidates, parse_domains(args.domain), options, args.reference)
-    Console().print(results.to_rich())
+    show(results.to_rich())
     for path in write_report(results, args.out):
         print(path)
 

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 from flexolmo_megatron.errors import FlexOlmoError
 
 if TYPE_CHECKING:
-    from rich.console import Group
-
     from flexolmo_megatron.convert.lazy import LazyModel
 
 
@@ -142,6 +140,7 @@ def _uncoordinated(dense: "LazyModel", anchor: "LazyModel | None", args: argpars
 
 def run_verify(args: argparse.Namespace) -> None:
     """Run ``flexolmo verify``."""
+    from flexolmo_megatron.commands.console import show
     from flexolmo_megatron.convert.model import open_model, total_bytes
     from flexolmo_megatron.convert.progress import byte_progress
     from flexolmo_megatron.exchange.inspect import describe, render
@@ -154,7 +153,7 @@ def run_verify(args: argparse.Namespace) -> None:
         reference = AnchorReference.of(anchor, progress=add)
     with byte_progress(size, "verify") as add:
         package = verify(args.package, reference, add)
-    _show(render(describe(args.package) | {"contents": "intact, all numbers finite"}))
+    show(render(describe(args.package) | {"contents": "intact, all numbers finite"}))
     _report_positive_bias({package.manifest.name: package.positive_bias_layers()})
     print(f"accepted: {args.package} may be merged into {args.anchor}")
 
@@ -189,6 +188,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     import json
     from functools import partial
 
+    from flexolmo_megatron.commands.console import show
     from flexolmo_megatron.convert.progress import byte_progress
     from flexolmo_megatron.exchange.inspect import describe, render
 
@@ -196,15 +196,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(description, indent=2))
     else:
-        _show(render(description))
-
-
-def _show(tables: "Group") -> None:
-    from rich.console import Console
-
-    console = Console()
-    # In a file or pipe there is no width to keep to, and a digest in two pieces is found by no search.
-    Console(width=console.width if console.is_terminal else 200).print(tables)
+        show(render(description))
 
 
 def _report_positive_bias(layers_by_expert: dict[str, list[int]]) -> None:
