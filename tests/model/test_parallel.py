@@ -82,6 +82,25 @@ def _pipeline() -> Tensor | None:
         return model(TOKENS_BS, _positions(), None)
 
 
+def _first_rank_alone() -> dict[str, Any]:
+    """What this rank has of a result and of an error of rank 0, and how often it computed itself."""
+    from flexolmo_megatron.errors import FlexOlmoError
+    from flexolmo_megatron.runtime.ranks import on_first_rank
+
+    calls = []
+
+    def fail() -> None:
+        calls.append("fail")
+        raise FlexOlmoError("the anchor is damaged")
+
+    result = on_first_rank(lambda: calls.append("succeed") or {"digest": "abc"})
+    try:
+        on_first_rank(fail)
+    except FlexOlmoError as error:
+        return {"result": result, "error": str(error), "calls": calls}
+    return {}
+
+
 def compute_all_layouts() -> dict[str, Any]:
     """What each of the two processes does."""
     from flexolmo_megatron.runtime.setup import initialize, prepare
@@ -91,6 +110,7 @@ def compute_all_layouts() -> dict[str, Any]:
 
     results: dict[str, Any] = {}
     initialize(tensor_parallel=2)
+    results["first rank"] = _first_rank_alone()
     for name in MODELS:
         results["tensor", name] = _compute(name, TENSOR_PARALLEL)
         results["sequence", name] = _compute(name, SEQUENCE_PARALLEL)
@@ -160,3 +180,9 @@ def test_pipeline_stages_share_one_model(sharded, whole):
     first, last = (rank["pipeline", "moe"] for rank in sharded)
     assert first is None
     torch.testing.assert_close(last, whole["moe"]["logits"], rtol=0, atol=2e-5)
+
+
+def test_what_the_first_rank_does_reaches_all(sharded):
+    for rank, calls in zip(sharded, (["succeed", "fail"], []), strict=True):
+        assert rank["first rank"] == {
+            "result": {"digest": "abc"}, "error": "the anchor is damaged", "calls": calls}

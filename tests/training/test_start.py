@@ -1,0 +1,75 @@
+"""How runs begin: what is refused before torch.distributed is asked for anything, and what belongs to another run."""
+
+from dataclasses import replace
+
+import pytest
+
+from flexolmo_megatron.cli import main
+from flexolmo_megatron.convert.megatron_writer import save_megatron
+from flexolmo_megatron.convert.model import open_model
+from flexolmo_megatron.exchange.digest import model_digest
+from tests.random_models import random_model
+from tests.training.runs import SMALL
+
+
+@pytest.mark.parametrize(("processes", "mode", "options", "message"), [
+    (2, "anchor", ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+     "parallel.pipeline = 2 times parallel.virtual_pipeline = 2 does not divide model.num_layers = 2"),
+    (4, "anchor", ["parallel.tensor=4"], "model.num_query_groups = 2 cannot be split over parallel.tensor = 4"),
+    (3, "anchor", [], "global_batch_size = 4: expected a multiple of micro_batch_size = 2 times the 3 data-parallel"),
+    (2, "moe", ["model.num_experts=3", "model.top_k=1", "parallel.expert=2"],
+     "model.num_experts = 3 cannot be split over parallel.expert = 2 processes"),
+    (2, "expert", ["parallel.expert=2"], "parallel.expert = 2: expected 1 for an owner's pair"),
+    (2, "expert", ["parallel.tensor=2", "expert.ffn_hidden_size=47"],
+     "expert.ffn_hidden_size = 47 cannot be split over parallel.tensor = 2 processes"),
+    (1, "expert", ["data.seq_length=64"], "data.seq_length = 64: expected at most model.max_position_embeddings = 32"),
+])
+def test_refused_before_any_process_group(world, expert_options, tmp_path, capsys, monkeypatch, processes, mode,
+                                          options, message):
+    from flexolmo_megatron.training import loop
+
+    def initialize(**_):
+        raise AssertionError("process groups were asked for")
+
+    monkeypatch.setattr(loop, "initialize", initialize)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    command = (expert_options(tmp_path / "run", *options) if mode == "expert"
+               else ["train", mode, *SMALL, f"out={tmp_path}/run", f"data.train=[{world}/own]", *options])
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_another_anchor_or_expert_is_not_resumed(world, expert_options, tmp_path, capsys):
+    options = ["expert.random_row=true", "stop_after=1"]
+    assert main(expert_options(tmp_path / "run", *options)) == 0
+    first = open_model(world / "anchor")
+    other = random_model("moe", 1, 1, seed=9, sizes=replace(first.card.model, num_experts=0, top_k=0))
+    save_megatron(other, tmp_path / "other")
+    assert main(expert_options(tmp_path / "run", *options, f"anchor={tmp_path}/other")) == 2
+    error = capsys.readouterr().err
+    assert "belongs to another run: its anchor digest is" in error
+    assert model_digest(first) in error and model_digest(other) in error
+    assert main(expert_options(tmp_path / "run", *options, "expert.name=mine")) == 2
+    assert "its experts is ['public', 'own'], this run's is ['public', 'mine']" in capsys.readouterr().err
+    assert main(expert_options(tmp_path / "run", *options)) == 0
+
+
+def test_the_anchor_is_read_once_for_its_digest_and_once_more_without_the_router_row(
+        expert_options, tmp_path, monkeypatch):
+    from flexolmo_megatron.training import start
+
+    hashed = []
+    real = start.model_digest
+    monkeypatch.setattr(start, "model_digest", lambda model: hashed.append(model.card.kind) or real(model))
+    assert main(expert_options(tmp_path / "run", "stop_after=1")) == 0
+    assert hashed == ["moe"]
+
+
+def test_the_public_bias_of_a_mixture_stays_zero(world, tmp_path):
+    options = ["model.num_experts=3", "model.top_k=2", "model.router_bias=true", f"anchor={world}/anchor"]
+    assert main(["train", "moe", *SMALL, f"out={tmp_path}/run", f"data.train=[{world}/own]", *options]) == 0
+    model = open_model(tmp_path / "run")
+    for layer in range(2):
+        bias = model.tensors[f"model.layers.{layer}.mlp.gate.bias"].read()
+        assert bias[0] == 0 and (bias[1:] != 0).any()
