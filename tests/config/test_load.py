@@ -63,6 +63,48 @@ def test_bad_overrides(overrides, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("optimizer.adam_beta1=1", "optimizer.adam_beta1 = 1.0: expected 0 to below 1"),
+        ("optimizer.adam_beta2=-0.1", "optimizer.adam_beta2 = -0.1: expected 0 to below 1"),
+        ("optimizer.adam_eps=0", "optimizer.adam_eps = 0.0: expected a finite number above 0"),
+        ("optimizer.clip_grad=-1", "optimizer.clip_grad = -1.0: expected a finite number, 0 or more"),
+        ("optimizer.weight_decay=.nan", "optimizer.weight_decay = nan: expected a finite number, 0 or more"),
+        ("optimizer.router_lr=0", "optimizer.router_lr = 0.0: expected a finite number above 0"),
+        ("optimizer.lr=.inf", "optimizer.lr = inf: expected a finite number above 0"),
+        ("optimizer.lr=.nan", "optimizer.lr = nan: expected a finite number above 0"),
+        ("optimizer.min_lr=1", "optimizer.min_lr = 1.0: expected 0 to optimizer.lr = 0.0009"),
+        ("optimizer.min_lr=-1", "optimizer.min_lr = -1.0: expected 0 to optimizer.lr = 0.0009"),
+        ("moe_z_loss_coeff=-1", "moe_z_loss_coeff = -1.0: expected a finite number, 0 or more"),
+        ("data.seq_length=0", "data.seq_length = 0: expected at least 1"),
+        ("seed=-1", "seed = -1: expected 0 or more"),
+        ("stop_after=0", "stop_after = 0: expected at least 1"),
+        ("max_skipped_steps=0", "max_skipped_steps = 0: expected at least 1"),
+        ("save_interval=-1", "save_interval = -1: expected 0 or more"),
+    ],
+)
+def test_numbers_out_of_range(override, message):
+    config = load_config(TrainConfig, overrides=[*NEEDED, override])
+    with pytest.raises(FlexOlmoError) as error:
+        config.validate(data_parallel=1)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("out=${nope}", "the options: out: Interpolation key 'nope' not found"),
+        ("optimizer=${nope}", "the command line: Interpolation key 'nope' not found"),
+        ("seed=${data.train}", "the options: seed: While dereferencing interpolation '${data.train}'"),
+    ],
+)
+def test_references_to_nothing(override, message):
+    with pytest.raises(FlexOlmoError) as error:
+        load_config(TrainConfig, overrides=[*NEEDED, override])
+    assert str(error.value).startswith(message)
+
+
 def test_what_has_no_default_must_be_given():
     with pytest.raises(FlexOlmoError, match="data.train has no value; set it in a YAML file or with data.train=…"):
         load_config(TrainConfig, overrides=["out=x"])

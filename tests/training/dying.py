@@ -1,0 +1,25 @@
+"""``flexolmo …`` as a process of torchrun whose rank 1 sends itself DIE_OF in step DIE_AT_STEP of the first try."""
+
+import os
+import signal
+import sys
+from typing import Any
+
+from flexolmo_megatron.cli import main
+
+if __name__ == "__main__":
+    if "DIE_AT_STEP" in os.environ and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        from flexolmo_megatron.runtime.setup import prepare
+
+        prepare()
+        from flexolmo_megatron.training import loop
+
+        step = loop._Run._step
+
+        def last_step(run: Any, iterators: Any) -> Any:
+            if run.state.step == int(os.environ["DIE_AT_STEP"]):
+                os.kill(os.getpid(), signal.Signals[os.environ["DIE_OF"]])
+            return step(run, iterators)
+
+        loop._Run._step = last_step
+    sys.exit(main(sys.argv[1:]))
