@@ -13,7 +13,8 @@ class Fp8Config:
     """FP8 matrix products in attention's projections and FFNs (Transformer Engine, Ada or newer)."""
 
     recipe: str | None = None
-    """How tensors are scaled: delayed, tensorwise (current scaling), blockwise or mxfp8; by default no FP8."""
+    """How tensors are scaled: delayed, tensorwise (current scaling), blockwise or mxfp8; by default no FP8. Delayed
+    scaling's past is not part of checkpoints, so that with it a resumed run is not bitwise the unbroken one."""
     drop_frozen: bool = False
     """Keep the weights that do not train in FP8 only, which frees their bf16 copies (2 bytes per weight)."""
 

@@ -15,8 +15,7 @@ class _SwiGLU(torch.autograd.Function):
     """silu(gate) * up, keeping only its input for the backward pass and writing both gradients in place.
 
     Upstream's fused function does the same through torch.compile, which pays on CUDA only; without that it makes a
-    dozen
-    passes over memory.
+    dozen passes over memory.
     """
 
     @staticmethod

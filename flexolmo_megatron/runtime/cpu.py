@@ -105,11 +105,9 @@ def enable_cpu_runtime() -> None:
     _CudaMeansCpu().__enter__()
 
     from megatron.core.tensor_parallel import random as megatron_random
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
     megatron_random._lazy_call = lambda callback: callback()
-    if not hasattr(moe_utils, "te_general_gemm"):  # NameError upstream without TE in 0.16.1; fixed in 0.17
-        moe_utils.te_general_gemm = None
 
     # all_to_all needs split sizes as lists; upstream converts them only where they are CUDA tensors.
     dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher

@@ -32,6 +32,9 @@ def prepare() -> None:
             enable_cpu_runtime()
         import megatron.core.models.backends
         import megatron.core.optimizer  # noqa: F401
+        from megatron.core.transformer.moe import moe_utils
+    if not hasattr(moe_utils, "te_general_gemm"):  # NameError upstream without TE in 0.16.1; fixed in 0.17
+        moe_utils.te_general_gemm = None
     # Megatron asks on every layer whether a pair is a kind of MLP that it knows; it then builds it all the same.
     logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
         lambda record: not record.getMessage().startswith("Unknown MLP type")

@@ -5,12 +5,10 @@
     code's method: gradients for both experts, the anchor's set to zero after the backward pass, Adam over both.
     A second line, "stock MoE", has our core attention and torch's fused AdamW, so that only the pair layer differs.
 (c) transformers: its FlexOlmo with everything but the experts and routers frozen. From transformers 5 on its experts
-are
-    one stacked parameter, so that the anchor's gradient is set to zero after the backward pass, as in (b).
+    are one stacked parameter, so that the anchor's gradient is set to zero after the backward pass, as in (b).
 
 All start from the same weights, see the same tokens and take their steps in turn, so that a change of the machine's
-speed
-meets all alike. Attention, norms and the head are frozen in all three.
+speed meets all alike. Attention, norms and the head are frozen in all three.
 """
 
 import statistics

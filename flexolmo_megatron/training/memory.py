@@ -7,6 +7,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from flexolmo_megatron.model.engine import stored_tensors
+
 
 @dataclass(frozen=True)
 class MemoryReport:
@@ -61,7 +63,7 @@ def memory_report(chunks: list[DistributedDataParallel], optimizer: MegatronOpti
     return MemoryReport(
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         frozen_parameters=sum(p.numel() for p in parameters if not p.requires_grad),
-        weight_bytes=_bytes(parameters),
+        weight_bytes=_bytes([tensor for parameter in parameters for tensor in stored_tensors(parameter)]),
         gradient_bytes=_bytes([buffer.grad_data for buffer in buffers] + stray),
         optimizer_bytes=_bytes(optimizer_tensors(optimizer)),
     )
