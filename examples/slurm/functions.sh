@@ -1,4 +1,5 @@
-# What the job scripts of a launch share. They set out, what, logs, python, srun_options and requeues, then source it.
+# What the job scripts of a launch share. They set out, what, logs, run (to train), python, srun_options and requeues,
+# then source it.
 
 job=$SLURM_JOB_ID
 # The bare number of an array's last task would mean the whole array.
@@ -27,15 +28,15 @@ fail() {
     exit "$1"
 }
 
-# requeue STATUS STEP: back into the queue; the next start goes on from the last checkpoint.
+# requeue STATUS STEP WORD: back into the queue; the next start goes on from the last checkpoint.
 requeue() {
     # A job that Slurm is ending has been cancelled, or is being requeued without our help.
     if [ "$(squeue --noheader --format=%T --jobs="$job")" != RUNNING ]; then exit "$1"; fi
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "$requeues" ]; then
-        say "interrupted once more after $requeues requeues, the most that slurm.requeues allows"
+        say "$3 once more after $requeues requeues, the most that slurm.requeues allows"
         fail "$1" "$2"
     fi
-    say "interrupted in $2 (exit status $1): back into the queue"
+    say "$3 in $2 (exit status $1): back into the queue"
     scontrol requeue "$job" || fail "$1" "$2"
     exit "$1"
 }
@@ -47,16 +48,23 @@ single() {
     local status=$?
     case $status in
         0) ;;
-        143) requeue $status "$1" ;; # SIGTERM: preempted
+        143) requeue $status "$1" interrupted ;; # SIGTERM: preempted
         *) fail $status "$1" ;;
     esac
 }
 
-# train MODE OPTION…: one process per task on all nodes, each with a log of its own. srun starts them without torchrun, so
-# Slurm's signals reach them, they may take as long as they need to save, and srun returns their highest exit status:
-# 75 says that a checkpoint was written and steps are left; 138 and 143 that SIGUSR1 or SIGTERM came before training could
-# listen to it.
+# The name of the last checkpoint, if there is one.
+newest() {
+    ls "$run/checkpoints" 2>/dev/null | grep '^step_' | tail -n 1
+}
+
+# train MODE OPTION…: one process per task on all nodes, each with a log of its own. srun starts them without torchrun,
+# so Slurm's signals reach them, they may take as long as they need to save, and srun returns their highest exit status.
+# 2: the input is at fault; 75: a checkpoint was written and steps are left; 138 and 143: SIGUSR1 or SIGTERM came before
+# training could listen to it. Anything else is a crash, and worth another try if this one has saved something.
 train() {
+    local before status
+    before=$(newest)
     export MASTER_ADDR MASTER_PORT
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000)) # its own for every job, below the ports that systems hand out
@@ -64,10 +72,14 @@ train() {
     srun --wait=60 --output="$logs/train.rank_%t.log" "${srun_options[@]}" \
         bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank \
         "${python[@]}" -m flexolmo_megatron.train "$@"
-    local status=$?
+    status=$?
     case $status in
         0) ;;
-        75 | 138 | 143) requeue $status train ;;
-        *) fail $status train ;;
+        75 | 138 | 143) requeue $status train interrupted ;;
+        2) fail $status train ;;
+        *)
+            if [ "$(newest)" != "$before" ]; then requeue $status train "crashed after $(newest)"; fi
+            fail $status train
+            ;;
     esac
 }

@@ -2,7 +2,7 @@
 
 import argparse
 
-_EXAMPLE = """\
+EXAMPLE = """\
 example of a small CONFIG.yaml (examples/slurm/launch.yaml has all of it):
   out: runs/wards
   slurm: {partition: gpu, time: '12:00:00', nodes: 2, gpus_per_node: 8, setup: [source .venv/bin/activate]}
@@ -23,12 +23,12 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     """Add the verb."""
     parser = subparsers.add_parser(
         "launch", help="train and merge as jobs of a Slurm cluster",
-        description="Submit up to three jobs to Slurm: the public anchor; an array job that trains all experts at "
-                    "once; and, if all of them succeed, the merge with its evaluation. Jobs that are preempted or "
-                    "reach their time limit save, requeue themselves and go on. The scripts are kept in OUT/slurm, one "
-                    "log per process in OUT/logs, and what happened in OUT/launch.log. A second launch does what is "
-                    "missing.",
-        epilog=_EXAMPLE + _describe_options(), formatter_class=argparse.RawDescriptionHelpFormatter)
+        description="Submit up to three jobs to Slurm: the public anchor; an array job that trains all experts at\n"
+                    "once; and, if all of them succeed, the merge with its evaluation. Jobs that are preempted or\n"
+                    "reach their time limit save, requeue themselves and go on. The scripts are kept in OUT/slurm,\n"
+                    "one log per process in OUT/logs, and what happened in OUT/launch.log. A second launch does what\n"
+                    "is missing.",
+        epilog=EXAMPLE + _describe_options(), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG.yaml", help="the jobs, and what they ask of Slurm")
     parser.add_argument("--dry-run", action="store_true",
                         help="print the scripts and how they would be submitted; write and submit nothing")
@@ -48,7 +48,7 @@ def _describe_options() -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Run ``flexolmo launch``."""
-    from flexolmo_megatron.launch.config import load_launch
+    from flexolmo_megatron.launch.load import load_launch
     from flexolmo_megatron.launch.slurm import plan_jobs, show, submit
 
     config = load_launch(args.config, args.overrides)

@@ -10,7 +10,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from flexolmo_megatron.launch.config import Expert, ExpertsJob, LaunchConfig, SlurmConfig, job_slurm, training_of
+from flexolmo_megatron.launch.config import Expert, ExpertsJob, LaunchConfig, SlurmConfig, training_of
+from flexolmo_megatron.launch.load import job_slurm
 
 
 class _BatchFile(Template):
@@ -115,7 +116,7 @@ def _sbatch_lines(stage: str, config: LaunchConfig, slurm: SlurmConfig, log: str
     options: dict[str, Any] = {
         "job-name": f"{Path(config.out).name}-{stage}", "account": slurm.account, "partition": slurm.partition,
         "qos": slurm.qos, "time": slurm.time, "nodes": slurm.nodes,
-        "ntasks-per-node": slurm.tasks_per_node or slurm.gpus_per_node or 1, "cpus-per-task": slurm.cpus_per_task,
+        "ntasks-per-node": slurm.processes_per_node, "cpus-per-task": slurm.cpus_per_task,
         "gpus-per-node": slurm.gpus_per_node or None, "output": f"{config.out}/{log}", "open-mode": "append",
     }
     given = {name: value for name, value in options.items() if value is not None}

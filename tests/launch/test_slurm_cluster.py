@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from omegaconf import OmegaConf
 
@@ -37,7 +38,7 @@ def cluster():
 def launch_yaml(path: Path, out: Path, experts: dict, **sections) -> Path:
     """The YAML file of a launch of tiny models, one process on each of the two nodes."""
     world = path.parent
-    options = [*SMALL[7:], f"train_iters={STEPS}", "save_interval=15", "data.seq_length=32"]
+    options = [*SMALL[7:], f"train_iters={STEPS}", "save_interval=30", "data.seq_length=32"]
     each = {name: {"documents": [f"{world}/{name}.jsonl"], "options": [f"data.train=[{world}/{name}]"], **other}
             for name, other in experts.items()}
     OmegaConf.save(OmegaConf.create({
@@ -161,19 +162,37 @@ def vectors_of(whole: Path, *names: str) -> dict[str, dict]:
     return {name: {"documents": [], "domain_vector": f"{whole}/experts/{name}/domain.npz"} for name in names}
 
 
-def test_a_job_near_its_time_limit_requeues_itself_and_ends_with_the_same_result(whole, cluster, world):
+def kill_rank(rank: int, run: Path) -> None:
+    """``kill -9`` one process of a training run."""
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if "flexolmo_megatron.train" in command and f"out={run}" in command and process.name() != "srun" \
+                and process.environ().get("RANK") == str(rank):
+            process.kill()
+            return
+    raise AssertionError(f"no process of rank {rank} of {run}")
+
+
+def test_a_job_near_its_time_limit_and_one_that_lost_a_rank_end_with_the_same_result(whole, cluster, world):
     out = world / "warned"
-    path = launch_yaml(world / "warned.yaml", out, vectors_of(whole, "notes", "code"), published=f"{whole}/anchor")
+    experts = vectors_of(whole, "notes", "sums", "code")
+    path = launch_yaml(world / "warned.yaml", out, experts, published=f"{whole}/anchor")
     assert launch(cluster, path).returncode == 0
     job = numbers(out)["experts"]
-    # The last task, whose bare number stands for the whole array.
+    # code is the array's last task, whose bare number stands for the whole array.
     wait_for_steps(out, "code")
-    cluster.client("scancel", "--signal=USR1", f"{job}_1")  # what --signal=USR1@… does: to the steps, not to the script
-    assert cluster.wait(f"{job}_1")["Restarts"] == "1", logs(out)
+    cluster.client("scancel", "--signal=USR1", f"{job}_2")  # what --signal=USR1@… does: to the steps, not to the script
+    wait_for_steps(out, "sums", 35)
+    kill_rank(1, out / "experts" / "sums" / "run")
+    assert cluster.wait(f"{job}_2")["Restarts"] == "1", logs(out)
     log = (out / "launch.log").read_text()
-    assert f"expert code (job {job}_1): interrupted in train (exit status 75): back into the queue" in log
+    assert f"expert code (job {job}_2): interrupted in train (exit status 75): back into the queue" in log
     assert "resuming from" in (out / "logs" / "experts" / "code" / "train.rank_0.log").read_text()
     assert_same_expert(out, "code", whole)
+    assert cluster.wait(f"{job}_1")["Restarts"] == "1", logs(out)
+    log = (out / "launch.log").read_text()
+    assert f"expert sums (job {job}_1): crashed after step_00000030 in train (exit status 137): back into the" in log
+    assert_same_expert(out, "sums", whole)
     other = cluster.wait(f"{job}_0")
     assert (other["JobState"], other["Restarts"]) == ("COMPLETED", "0")
     assert_same_expert(out, "notes", whole)

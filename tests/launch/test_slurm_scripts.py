@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from flexolmo_megatron.cli import main
+from flexolmo_megatron.commands.launch import EXAMPLE
+from flexolmo_megatron.errors import REQUEUE_STATUS
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples" / "slurm"
@@ -17,10 +19,10 @@ EXAMPLES = ROOT / "examples" / "slurm"
 LAUNCH = """\
 out: {out}
 slurm: {{partition: long, time: '1-12:00:00', nodes: 2, gpus_per_node: 4}}
-anchor: {{documents: ['public/*.jsonl'], preset: tiny, options: ['data.train=[data/public]']}}
+anchor: {{documents: ['public/*.jsonl'], preset: tiny, options: ['data.train=[data/public]', global_batch_size=32]}}
 experts:
   preset: tiny
-  options: [train_iters=50]
+  options: [train_iters=50, global_batch_size=32]
   each:
     code: {{documents: [code.jsonl], options: ['data.train=[data/code]']}}
     notes: {{domain_vector: notes.npz, options: ['data.train=[data/notes]', train_iters=70], owner: Ward 7}}
@@ -116,7 +118,8 @@ def run_script(text: str, folder: Path, **environment: str) -> list[list[str]]:
     tools = folder / "tools"
     tools.mkdir()
     for name, body in {
-        "srun": f'printf "%s\\0" "$@" >> {folder}/calls; printf "\\n" >> {folder}/calls; exit ${{STATUS:-0}}',
+        "srun": f'printf "%s\\0" "$@" >> {folder}/calls; echo >> {folder}/calls\n'
+                'if [ "$SAVES" ]; then mkdir -p "out/experts/notes/run/checkpoints/$SAVES"; fi\nexit ${STATUS:-0}',
         "scontrol": f'if [ "$1" = requeue ]; then echo "$2" >> {folder}/requeued; else echo one; echo two; fi',
         "squeue": "echo ${STATE:-RUNNING}",
     }.items():
@@ -155,7 +158,8 @@ def test_commands_of_an_expert(saved, tmp_path):
             f"--output={out}/logs/experts/notes/train.rank_%t.log"} <= set(train)
     assert train[train.index("rank") + 1:] == [
         "apptainer", "run", "python", "-m", "flexolmo_megatron.train", "expert", "--preset", "tiny", "train_iters=50",
-        "data.train=[data/notes]", "train_iters=70", f"out={out}/experts/notes/run", f"anchor={out}/anchor",
+        "global_batch_size=32", "data.train=[data/notes]", "train_iters=70", f"out={out}/experts/notes/run",
+        f"anchor={out}/anchor",
         "expert.name=notes", "expert.domain_vector=notes.npz"]
     assert pack[pack.index("-m"):] == ["-m", "flexolmo_megatron.cli", "pack", f"{out}/experts/notes/run",
                                        f"{out}/experts/notes/package", "--owner", "Ward 7"]
@@ -168,7 +172,8 @@ def test_commands_of_anchor_and_merge(saved, tmp_path):
     (tmp_path / "anchor").mkdir()
     train, embed = run_script(saved("anchor"), tmp_path / "anchor")
     assert train[train.index("rank") + 1:] == ["python", "-m", "flexolmo_megatron.train", "anchor", "--preset", "tiny",
-                                               "data.train=[data/public]", f"out={out}/anchor_run"]
+                                               "data.train=[data/public]", "global_batch_size=32",
+                                               f"out={out}/anchor_run"]
     assert embed[embed.index("embed"):] == ["embed", "public/*.jsonl", "--anchor", f"{out}/anchor_run", "--out",
                                             f"{out}/public.npz", "--publish", f"{out}/anchor"]
     (tmp_path / "merge").mkdir()
@@ -188,6 +193,8 @@ def test_commands_of_anchor_and_merge(saved, tmp_path):
     ("75", {"SLURM_RESTART_COUNT": "50"}, False, "FAILED in train with exit status 75; see"),
     ("1", {}, False, "FAILED in train with exit status 1; see"),
     ("137", {}, False, "FAILED in train with exit status 137: killed, perhaps for want of memory; see"),
+    ("137", {"SAVES": "step_00000040"}, True, "crashed after step_00000040 in train (exit status 137): back into the"),
+    ("2", {"SAVES": "step_00000040"}, False, "FAILED in train with exit status 2; see"),
 ])
 def test_what_an_exit_status_leads_to(saved, tmp_path, status, environment, requeued, line):
     run_script(saved("experts"), tmp_path, STATUS=status, **ARRAY, **environment)
@@ -197,6 +204,10 @@ def test_what_an_exit_status_leads_to(saved, tmp_path, status, environment, requ
     log = tmp_path / "out" / "launch.log"
     assert (tmp_path / "status").read_text() == status
     assert (line in log.read_text()) if line else not log.exists()
+
+
+def test_functions_know_the_exit_status_of_a_run_that_was_asked_to_stop(capsys, launch_file):
+    assert f"{REQUEUE_STATUS} | 138 | 143) requeue" in scripts(dry_run(capsys, launch_file))["functions.sh"]
 
 
 def test_setup_and_odd_names_reach_the_shell_as_they_are(saved, tmp_path, launch_file):
@@ -234,10 +245,21 @@ def test_setup_and_odd_names_reach_the_shell_as_they_are(saved, tmp_path, launch
     (["anchor.options=[]"], "anchor: data.train has no value"),
     (["experts.options=[optimizer.lrr=1]"], "experts.each.code: the command line: unknown option 'optimizer.lrr'"),
     (["experts.config=[/nowhere.yaml]"], "experts.each.code: /nowhere.yaml does not exist"),
-    (["experts.options=[stop_after=3]"], "stop_after = 3: a job ends by its time limit"),
+    (["slurm.nodes=3"], "anchor: global_batch_size = "),
+    (["anchor.options=['data.train=[x]', parallel.tensor=3]"], "anchor: parallel.tensor = 3"),
+    (["experts.slurm={nodes: 1, tasks_per_node: 3}"], "experts.each.code: global_batch_size = "),
+    (["experts.options=[global_batch_size=32, stop_after=3]"], "stop_after = 3: a job ends by its time limit"),
 ])
 def test_what_is_refused(capsys, launch_file, overrides, message):
     assert message in refused(capsys, launch_file, *overrides)
+
+
+def test_the_example_of_the_help_is_valid(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = EXAMPLE.partition("has all of it):\n")[2].partition("\noptions of")[0]
+    (tmp_path / "launch.yaml").write_text(text)
+    (tmp_path / "expert.yaml").write_text("global_batch_size: 64\n")
+    assert '"$out"/experts/code/package' in dry_run(capsys, tmp_path / "launch.yaml")
 
 
 def test_names_of_experts_are_checked(capsys, launch_file):
