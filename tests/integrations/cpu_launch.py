@@ -1,10 +1,15 @@
 """A launch of Megatron-LM on a machine without CUDA, for tests: beyond the CPU runtime, what pretrain() asks of CUDA.
 
-Megatron-LM refuses to start without CUDA, and compiles CUDA kernels of its legacy models at every start.
+Megatron-LM refuses to start without CUDA, and compiles CUDA kernels of its legacy models at every start. Afterwards
+the file that REPORT names says what had gradients.
 """
 
+import gc
+import json
+import os
 import sys
 import types
+from pathlib import Path
 
 from flexolmo_megatron.integrations.megatron_lm.__main__ import find_tree, main
 from flexolmo_megatron.runtime.setup import prepare
@@ -22,8 +27,21 @@ def pretend_cuda() -> None:
     megatron.legacy.fused_kernels.load = lambda args: None
 
 
+def gradients() -> dict:
+    """Names of the parameters with a gradient buffer, and the sizes of all buffers in numbers."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    chunks = [found for found in gc.get_objects() if isinstance(found, DistributedDataParallel)]
+    names = [name for chunk in chunks for name, parameter in chunk.module.named_parameters()
+             if hasattr(parameter, "main_grad")]
+    return {"names": names, "numbers": sum(buffer.numel for chunk in chunks for buffer in chunk.buffers)}
+
+
 if __name__ == "__main__":
     find_tree()
     prepare()
     pretend_cuda()
-    sys.exit(main())
+    status = main()
+    if status == 0 and "REPORT" in os.environ and os.environ["RANK"] == "0":
+        Path(os.environ["REPORT"]).write_text(json.dumps(gradients()))
+    sys.exit(status)
