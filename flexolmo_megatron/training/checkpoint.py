@@ -32,6 +32,7 @@ from flexolmo_megatron.runtime.ranks import on_first_rank
 from flexolmo_megatron.training.agreement import together
 from flexolmo_megatron.training.checkpoint_writer import CheckpointWriter
 from flexolmo_megatron.training.integrity import damage
+from flexolmo_megatron.training.optimizer_state import put_back_groups, take_out_groups
 
 FOLDER = "checkpoints"
 STEP_FOLDER = re.compile(r"step_(\d{8})")
@@ -105,9 +106,11 @@ def _sharded_state(state: TrainingState, is_loading: bool) -> dict[str, Any]:
                 f"name for it"
             )
         models[f"model{index}"] = {name: tensor for name, tensor in sharded.items() if name in trainable}
+    optimizer = state.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
     return {
         **models,
-        "optimizer": state.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata),
+        "optimizer_step": take_out_groups(optimizer),
+        "optimizer": optimizer,
         "scheduler": state.scheduler.state_dict(),
         "progress": {name: getattr(state, name) for name in PROGRESS},
     }
@@ -252,6 +255,9 @@ def load(path: Path, state: TrainingState) -> None:
         loaded = together(lambda: _load(path, state))
         for index, module in enumerate(unwrap_model(state.chunks)):
             module.load_state_dict(loaded[f"model{index}"], strict=False)
+        # Checkpoints of earlier versions have the step in the groups.
+        step = max(take_out_groups(loaded["optimizer"]), loaded.get("optimizer_step", 0))
+        put_back_groups(loaded["optimizer"], state.optimizer, step)
         state.optimizer.load_state_dict(loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["scheduler"])
     for name, value in loaded["progress"].items():  # an earlier version's has fewer
