@@ -88,7 +88,7 @@ def initialize(
     if not torch.distributed.is_initialized():
         backend = "nccl" if on_cuda else "gloo"
         if "RANK" in os.environ:
-            torch.distributed.init_process_group(backend)
+            _join(backend)
         else:
             torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     if parallel_state.model_parallel_is_initialized():
@@ -105,6 +105,21 @@ def initialize(
             expert_tensor_parallel_size=layout.expert_tensor,
         )
         megatron_tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _join(backend: str) -> None:
+    """Join the group of all processes of a launch, also where torchrun has started them again.
+
+    torchrun (2.13) keeps its store over restarts, with the addresses of processes that have ended. On one node all
+    count restarts alike, so a prefix tells them apart; on several, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's
+    environment gives every restart a store of its own.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE") != "1" or "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+        torch.distributed.init_process_group(backend)
+        return
+    store, rank, size = next(torch.distributed.rendezvous("env://"))
+    store = torch.distributed.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 def world_size() -> int:

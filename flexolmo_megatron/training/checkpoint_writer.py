@@ -58,7 +58,7 @@ class _RankFiles(FileSystemWriterAsync):
             if self._copied and isinstance(value, Tensor):
                 value = value.detach().to("cpu", copy=True, non_blocking=True)
             self._values[item.index] = value
-        if self._copied and torch.cuda.is_available():
+        if torch.cuda.is_available():  # the threads that write know nothing of this one's streams
             torch.cuda.synchronize()
 
     def write(self, hashed: bool) -> tuple[list[WriteResult], Files]:

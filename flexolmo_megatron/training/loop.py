@@ -86,7 +86,7 @@ def _say(text: str) -> None:
 
 
 def _datasets(config: TrainConfig, run: Path, begun: Start) -> Datasets:
-    tokenizer = load_tokenizer(begun.card.tokenizer)
+    tokenizer = together(lambda: load_tokenizer(begun.card.tokenizer))
     return build_datasets(
         train=_blend(config),
         valid=config.data.valid or None,
