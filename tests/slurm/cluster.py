@@ -191,7 +191,7 @@ class Cluster:
         text = self.client("scontrol", "--oneliner", "show", "job", str(job))
         return dict(word.split("=", 1) for word in text.splitlines()[0].split() if "=" in word)
 
-    def wait(self, job: str | int, timeout: float = 180) -> dict[str, str]:
+    def wait(self, job: str | int, timeout: float = 600) -> dict[str, str]:
         """Wait until a job has ended for good, and return what Slurm then knows about it."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
         wait_for(f"end of job {job}", lambda: self.show(job)["JobState"] in ended, timeout)
