@@ -169,3 +169,20 @@ def test_a_new_anchor_is_opened_and_another_architecture_is_refused(world, tmp_p
     status, output, _ = _launch(world, tmp_path / "save")
     assert status == 2
     assert f"{tmp_path}/save/iter_0000006 is of a run with kind = dense, this one has pair" in output
+
+
+def test_the_example_is_a_launch(world, tmp_path):
+    """expert.sh as it stands, with sizes that this machine can do in place of the paper's."""
+    environment = {**os.environ, "MEGATRON_LM": str(TREE), "ANCHOR": f"{world}/anchor", "EXPERT": "own",
+                   "VECTOR": f"{world}/own.npz", "DATA": f"{world}/own", "SAVE": f"{tmp_path}/save",
+                   "LAUNCH": f"{sys.executable} {ROOT}/tests/integrations/cpu_launch.py",
+                   "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
+                   "OMP_NUM_THREADS": "1",
+                   "PYTHONPATH": ":".join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    smaller = [*EXISTING, "--tensor-model-parallel-size", "1", "--lr-warmup-iters", "2", "--train-iters", "3"]
+    result = subprocess.run(["bash", ROOT / "examples" / "megatron_lm" / "expert.sh", *smaller], env=environment,
+                            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400)
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert "frozen parameters unchanged, bit by bit" in result.stdout
+    assert main(["pack", str(tmp_path / "save"), str(tmp_path / "package")]) == 0

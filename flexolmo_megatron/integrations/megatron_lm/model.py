@@ -65,7 +65,9 @@ class ModelProvider:
         from megatron.training.arguments import core_transformer_config_from_args
 
         args = get_args()
-        if not self.chunks:
+        stages = 1 if vp_stage is None else args.virtual_pipeline_model_parallel_size
+        if len(self.chunks) in (0, stages):  # also when Megatron-LM restarts within the process
+            self.chunks, self.before = [], {}
             self._begin(args)
         expert = self.arguments.plan is not None
         config = core_transformer_config_from_args(args, FlexOlmoTransformerConfig)
@@ -84,7 +86,7 @@ class ModelProvider:
             pg_collection=pg_collection,
         )
         self.chunks.append(model)
-        if expert and len(self.chunks) == (args.virtual_pipeline_model_parallel_size or 1):
+        if expert and len(self.chunks) == stages:
             fill_pair(self.chunks, self.arguments.plan.anchor, self.rows)
             for index, chunk in enumerate(self.chunks):
                 _mark_router(chunk)
