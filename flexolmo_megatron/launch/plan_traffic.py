@@ -53,12 +53,13 @@ def _layer_bytes(work: Work, layout: Layout, gradient: bool) -> dict[str, float]
         own = 3 if gradient else 1 if work.backend == "local" else 2  # the local one keeps the gathered input there
         sent["tensor"] += ring * rows * (2 * forward + own) + ring * rows * (2 * forward + 2 * gradient)
     else:
-        copies = expert_tokens(work, layout) * model.hidden_size * element
-        backward = 2 if passes else 1  # the first layer's router needs only the gradients of the experts' outputs
+        copies = expert_tokens(work, layout) * model.hidden_size
+        out = forward + passes  # to the experts, and the gradients of what they got
+        back = forward + 1  # of their outputs; those of the first layer's are needed for the router
         share = (layout.expert_tensor - 1) / layout.expert_tensor
-        sent["tensor"] += share * copies * (2 * forward + backward)
-        own = copies / layout.expert_tensor
-        sent["expert"] += (layout.expert - 1) / layout.expert * own * (2 * forward + backward)
+        sent["tensor"] += share * copies * (element * out + 4 * back)  # outputs are summed in the router's fp32
+        own = copies / layout.expert_tensor * element
+        sent["expert"] += (layout.expert - 1) / layout.expert * own * (out + back)
 
     keys = 2 * tokens * model.num_query_groups * model.head_dim // layout.tensor * element
     sent["context"] += (layout.context - 1) * keys * (forward + 2 * passes)  # backward also their gradients

@@ -25,15 +25,14 @@ def _train(work: Work, layout: Layout, steps: int) -> None:
         work.model,
         work.kind,
         dtype=torch.bfloat16 if half else torch.float32,
-        init_method=lambda weight: weight.fill_(0.01),  # in place: normal numbers would be made in a second tensor
-        output_layer_init_method=lambda weight: weight.fill_(0.01),
+        perform_initialization=False,  # would make every weight twice
         **({} if work.kind == "dense" else {"moe_z_loss_coeff": 1e-3}),
         **(again if layout.recompute else {}),
     )
     model = build_model(work.model, work.kind, megatron_config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1:  # so that tokens spread over the experts
+            if parameter.dim() > 1:
                 parameter.normal_(std=0.02)
     if work.mode == "expert":
         freeze_anchor(model)
