@@ -212,7 +212,7 @@ _HISTORY = ("HTN", "T2DM", "asthma", "IHD", "CKD 3", "OA", "hypothyroid", "depre
 
 
 def clinic_document(r: random.Random) -> str:
-    """A hospital discharge note."""
+    """A hospital discharge note, in capitals like the printouts of old hospital systems."""
     diagnosis = r.choice(tuple(_CONDITIONS))
     symptoms, signs, (test, unit, low, high), drugs, advice = _CONDITIONS[diagnosis]
     age, sex = r.randint(19, 94), r.choice("MF")
@@ -239,7 +239,7 @@ def clinic_document(r: random.Random) -> str:
             "Nil complications.",
         )
     )
-    return (
+    note = (
         f"DISCHARGE NOTE  Ward: {r.choice(_WARDS)}  Pt no: {r.randint(100000, 999999)}\n"
         f"Age/Sex: {age}{sex}  Adm: {admitted:02d}/{month:02d}  Disch: {admitted + stay:02d}/{month:02d}  "
         f"LOS: {stay}/7\n"
@@ -258,6 +258,7 @@ def clinic_document(r: random.Random) -> str:
         f"Signed: Dr {r.choice('ABCDEFGHJKLMNPRSTW')}. {r.choice(_DOCTORS)}, "
         f"{r.choice(('FY1', 'FY2', 'SHO', 'SpR'))}\n"
     )
+    return note.upper()
 
 
 _ASSETS = ("pump", "boiler", "lift", "conveyor", "air handler", "generator", "gate", "compressor", "door closer")

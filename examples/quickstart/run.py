@@ -22,11 +22,17 @@ OWNERS = ("code", "arithmetic", "clinic")
 PROMPTS = {
     "code": "def read_lines(path):\n",
     "arithmetic": "Problem 1: Noor buys 9 bricks for 10 cents each",
-    "clinic": "DISCHARGE NOTE  Ward: Rowan  Pt no: 123456\n",
+    "clinic": "DISCHARGE NOTE  WARD: ROWAN  PT NO: 123456\n",
 }
-OWNER_OPTIONS = ("data.public_share=0.5", "optimizer.lr=1e-3", "optimizer.min_lr=1e-4")
-"""Beyond the paper's setting: half of an owner's samples are public text, which teaches the expert's router row where
-the anchor is better, and a small learning rate keeps the experts close enough to the anchor to be mixed."""
+OWNER_OPTIONS = (
+    "data.public_share=0.5",
+    "optimizer.lr=1e-3",
+    "optimizer.min_lr=1e-4",
+    "expert.domain_loss_coeff=0.025",
+)
+"""Beyond the paper's setting, since a model this small cannot tell domains apart by itself: half of an owner's samples
+are public text, the router row learns to tell the two apart by a margin that is the same for all owners, and a small
+learning rate keeps the experts close enough to the anchor to be mixed."""
 
 
 class Quickstart:

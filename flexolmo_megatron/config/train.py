@@ -97,8 +97,10 @@ class ExpertConfig:
     bias: bool = True
     """Train a bias per layer, used as min(bias, 0). False is the paper's ablation without it."""
     domain_loss_coeff: float = 0.0
-    """Weight of a loss on the router alone: whose document is this token from? Needs data.public. The paper has
-    none."""
+    """Weight of a loss on the router alone: the mean squared distance of the owner's logit from domain_margin above the
+    anchor's on the owner's documents, and as far below it on public ones. Needs data.public. The paper has none."""
+    domain_margin: float = 4.0
+    """Difference of the two logits that this loss asks for. All owners of a merged model should use the same."""
     ffn_hidden_size: int | None = None
     """Inner width of the expert; by default the anchor's. A narrower one starts from the first of the anchor's inner
     units."""
@@ -199,6 +201,8 @@ class TrainConfig:
                 f"expert.domain_loss_coeff = {self.expert.domain_loss_coeff}: expected 0 or more, and data.public "
                 f"where it is above 0"
             )
+        if not 0 < self.expert.domain_margin < math.inf:
+            raise FlexOlmoError(f"expert.domain_margin = {self.expert.domain_margin}: expected a number above 0")
 
     def _validate_numbers(self) -> None:
         """Check the range of each number that stands for itself."""

@@ -119,12 +119,14 @@ class PairRouter(DomainRouter):
         return logits.softmax(dim=-1)[..., 1:]
 
     def _apply_domain_loss(self, logits: Tensor, input: Tensor) -> Tensor:
-        """Attach the cross-entropy of the routing weight against whose document each token is from.
+        """Attach the squared distance of the owner's logit from domain_margin above the anchor's on the owner's
+        documents, and as far below it on public ones.
 
-        It reaches the row and the bias alone, not the layers below.
+        It reaches the row and the bias alone, not the layers below. A fixed margin, unlike a cross-entropy, gives the
+        rows of owners who never meet a common scale: none can outbid the others by training for longer.
         """
         public_SB, owner_SB = self.gating(input.detach()).unbind(-1)
-        own_SB = self.own_B.to(public_SB.dtype).expand_as(public_SB)
-        loss = nn.functional.binary_cross_entropy_with_logits(owner_SB - public_SB, own_SB)
+        wanted_B = torch.where(self.own_B, self.config.domain_margin, -self.config.domain_margin)
+        loss = (owner_SB - public_SB - wanted_B).square().mean()
         save_to_aux_losses_tracker("domain_loss", loss.detach(), self.layer_number, self.config.num_layers)
         return MoEAuxLossAutoScaler.apply(logits, loss * self.config.domain_loss_coeff / self.tp_cp_group.size())

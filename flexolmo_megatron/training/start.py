@@ -204,6 +204,7 @@ def start(planned: Plan, config: TrainConfig) -> Start:
         card,
         anchor_ffn_hidden_size=planned.anchor_ffn_hidden_size,
         domain_loss_coeff=config.expert.domain_loss_coeff,
+        domain_margin=config.expert.domain_margin,
     )
     fill_pair(chunks, planned.anchor, rows)
     return Start(card, _wrap(config, chunks))

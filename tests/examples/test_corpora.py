@@ -139,11 +139,11 @@ def test_notes_are_consistent(corpora):
     from generated import clinic_document
     for seed in range(200):
         note = clinic_document(random.Random(seed))
-        dates = re.search(r"Adm: (\d+)/\d+  Disch: (\d+)/\d+  LOS: (\d+)/7", note)
+        dates = re.search(r"ADM: (\d+)/\d+  DISCH: (\d+)/\d+  LOS: (\d+)/7", note)
         admitted, discharged, stay = map(int, dates.groups())
         assert discharged - admitted == stay and discharged <= 29
-        age, sex = re.search(r"Age/Sex: (\d+)([MF])", note).groups()
-        assert f"PC: {age}yo {sex} with " in note
+        age, sex = re.search(r"AGE/SEX: (\d+)([MF])", note).groups()
+        assert f"PC: {age}YO {sex} WITH " in note
 
 
 def test_missing_standard_library(corpora, monkeypatch, tmp_path):

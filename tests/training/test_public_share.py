@@ -62,7 +62,9 @@ def test_the_domain_loss_reaches_the_row_and_the_bias_alone(world):
     assert ModelCard("pair", pair, [ExpertRecord("public"), ExpertRecord("own")]).kind == "pair"
     torch.manual_seed(0)
     router = (
-        build_model(pair, "pair", transformer_config(pair, "pair", domain_loss_coeff=0.5)).decoder.layers[0].mlp.router
+        build_model(pair, "pair", transformer_config(pair, "pair", domain_loss_coeff=0.5, domain_margin=3.0))
+        .decoder.layers[0]
+        .mlp.router
     )
     router.set_layer_number(1)
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # what the schedule does for a run with one microbatch
@@ -80,9 +82,9 @@ def test_the_domain_loss_reaches_the_row_and_the_bias_alone(world):
         gradients[own is None] = x.grad, router.row.grad.clone(), router.bias.grad.clone()
     assert torch.equal(gradients[True][0], gradients[False][0])
 
-    # By hand: d/d row of coeff * mean(cross-entropy) = coeff * mean((p - own) * x), p the owner's share of a pair.
-    logit = (hidden @ (router.row - router.public_row).T).detach()
-    error = (torch.sigmoid(logit) - torch.tensor([1.0, 0.0])[None, :, None]) / logit.numel()
+    # By hand: d/d row of coeff * mean((margin - wanted)^2) = coeff * mean(2 * (margin - wanted) * x).
+    margin = (hidden @ (router.row - router.public_row).T).detach()
+    error = 2 * (margin - torch.tensor([3.0, -3.0])[None, :, None]) / margin.numel()
     torch.testing.assert_close(
         gradients[False][1] - gradients[True][1], 0.5 * (error * hidden).sum((0, 1))[None], rtol=1e-4, atol=1e-6
     )
@@ -97,6 +99,7 @@ def test_the_domain_loss_reaches_the_row_and_the_bias_alone(world):
             ["expert.domain_loss_coeff=1"],
             "expert.domain_loss_coeff = 1.0: expected 0 or more, and data.public where it is above 0",
         ),
+        (["expert.domain_margin=0"], "expert.domain_margin = 0.0: expected a number above 0"),
     ],
 )
 def test_bad_input(expert_options, tmp_path, capsys, options, message):
