@@ -272,7 +272,8 @@ class _Run:
             ):
                 row["valid_loss"] = self._validate()
             self._report(row, bar, final)
-            if config.save_interval and state.step % config.save_interval == 0 and state.step < last:
+            ends = state.step == last or self.signal
+            if config.save_interval and state.step % config.save_interval == 0 and not ends:
                 self._save()
         together(lambda: self._check_frozen(fingerprints))
         if self.saved < state.step:

@@ -1,12 +1,6 @@
-"""A stopped and resumed run repeats an unbroken one bit by bit; checkpoints are complete or absent."""
+"""A stopped and resumed run repeats an unbroken one bit by bit; see test_restarts.py for those that are killed."""
 
 import json
-import os
-import resource
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -78,50 +72,6 @@ def test_other_samples_are_refused(expert_options, tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error and "can only be resumed with that" in error
     assert main(expert_options(tmp_path / "run")) == 0
-
-
-def _command(options):
-    return [sys.executable, "-m", "flexolmo_megatron.cli", *options]
-
-
-def test_kill_and_resume(expert_options, metrics, tmp_path):
-    options = ["save_interval=2", "train_iters=30"]
-    assert main(expert_options(tmp_path / "unbroken", *options)) == 0
-    process = subprocess.Popen(_command(expert_options(tmp_path / "killed", *options)), stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "checkpoints" / "step_00000004").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    for path in (tmp_path / "killed" / "checkpoints").iterdir():
-        assert path.name.startswith(".") or (path / "flexolmo.json").is_file()
-    assert main(expert_options(tmp_path / "killed", *options)) == 0
-    assert essence(metrics(tmp_path / "killed")) == essence(metrics(tmp_path / "unbroken"))
-
-
-def test_a_full_disk_keeps_the_last_checkpoint(expert_options, tmp_path):
-    assert main(expert_options(tmp_path / "run", "stop_after=2")) == 0
-    before = model_digest(open_model(tmp_path / "run"))
-    limit = 20_000  # bytes a file may have: enough for the log, too little for a checkpoint
-
-    def limit_files():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    result = subprocess.run(
-        _command(expert_options(tmp_path / "run", "stop_after=2")),
-        preexec_fn=limit_files,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert result.returncode == 2, result.stderr
-    assert "step_00000004" in result.stderr and "intact" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
-    assert model_digest(open_model(tmp_path / "run")) == before
 
 
 def test_metrics_of_steps_that_are_done_again_are_dropped(expert_options, metrics, tmp_path):
