@@ -56,7 +56,7 @@ def _launch(world, save, *options, processes=1, tree=TREE, expert=True):
     path = ":".join(filter(None, [str(tree), str(ROOT), os.environ.get("PYTHONPATH")]))
     ours = ["--flexolmo-anchor", f"{world}/anchor", "--flexolmo-expert", "own", "--flexolmo-domain-vector",
             f"{world}/own.npz", "--train-data-path", f"{world}/own"] if expert else []
-    # The directory of the Python that runs this first: `make` there asks python3.
+    # This Python first: `make` in the checkout asks python3.
     environment = {**os.environ, "PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                    "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1",
                    "REPORT": str(report), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
