@@ -15,17 +15,17 @@ from tests.distributed import run_distributed
 from tests.random_models import SIZES, random_model, tensors_of
 
 ENGINE = str(Path(__file__).parent / "engine")
-ANCHOR_FFN, OWN_FFN = 64, 48
+ANCHOR_FFN, OWN_FFN, VOCABULARY = 64, 48, 258
 RECIPES = ["delayed", "tensorwise", "blockwise", "mxfp8"]
 
 
-def _engine():
+def _engine(tensor=1):
     """Import Megatron with the stand-in; returns Megatron's provider of its modules."""
     sys.path.insert(0, ENGINE)
     from flexolmo_megatron.runtime.setup import initialize, prepare
 
     prepare()
-    initialize()
+    initialize(tensor_parallel=tensor)
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     return TESpecProvider()
@@ -44,8 +44,9 @@ def _pair(backend, **settings):
     from flexolmo_megatron.model.weights import load_anchor, load_weights
     from flexolmo_megatron.training.freezing import freeze_anchor
 
-    anchor = random_model("moe", 1, 1, sizes=replace(SIZES, ffn_hidden_size=ANCHOR_FFN))
-    own = random_model("pair", 2, 2, seed=1, bias=True, sizes=replace(SIZES, ffn_hidden_size=OWN_FFN))
+    sizes = replace(SIZES, vocab_size=VOCABULARY)
+    anchor = random_model("moe", 1, 1, sizes=replace(sizes, ffn_hidden_size=ANCHOR_FFN))
+    own = random_model("pair", 2, 2, seed=1, bias=True, sizes=replace(sizes, ffn_hidden_size=OWN_FFN))
     pair = _build("pair", own.card.model, backend, anchor_ffn_hidden_size=ANCHOR_FFN, **settings)
     load_anchor(pair, anchor)
     load_weights(pair, own)
@@ -139,6 +140,31 @@ def test_the_engine_computes_what_the_local_modules_do():
     assert run_distributed(_compare_all_numbers, 1) == [gradients]
 
 
+def _tensor_parallel(tensor):
+    """Losses, and gradients of the router's row, of the engine's pair; checks it against the local one."""
+    backend = _engine(tensor)
+    found = []
+    for sequence in (False, True) if tensor > 1 else (False,):
+        layout = dict(tensor_model_parallel_size=tensor, sequence_parallel=sequence)
+        engine, local = _pair(backend, **layout), _pair(None, **layout)
+        assert _sharded(engine) == _sharded(local)
+        norms = [engine.decoder.layers[1].post_mlp_layernorm.weight, engine.decoder.final_layernorm.weight]
+        assert all(weight.sequence_parallel is sequence for weight in norms)
+        for model in (engine, local):
+            _loss(model).backward()
+        for (name, ours), theirs in zip(engine.named_parameters(), local.parameters(), strict=True):
+            if ours.requires_grad:
+                named = partial("{}: {}".format, name)
+                torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-5, msg=named)
+        found.append(_loss(engine).item())
+    return found
+
+
+def test_tensor_and_sequence_parallel():
+    [[alone]], split = run_distributed(_tensor_parallel, 1, 1), run_distributed(_tensor_parallel, 2, 2)
+    assert split == [[pytest.approx(alone, rel=1e-5)] * 2] * 2
+
+
 def _arguments():
     backend = _engine()
     import transformer_engine.pytorch as te
@@ -217,7 +243,7 @@ def test_frozen_weights_are_quantised_once_and_trained_ones_once_per_step(steps,
     hidden, layers, steps = SIZES.hidden_size, 2, 3
     assert counts[2 * ANCHOR_FFN, hidden] == counts[hidden, ANCHOR_FFN] == layers
     assert counts[2 * OWN_FFN, hidden] == counts[hidden, OWN_FFN] == layers * steps
-    assert not any(shape[0] == SIZES.vocab_size for shape in counts), "the head was quantised"
+    assert not any(shape[0] == VOCABULARY for shape in counts), "the head was quantised"
     assert (2, hidden) not in counts, "the router was quantised"
 
 

@@ -125,7 +125,10 @@ class Linear(TransformerEngineBaseModule):
         name: str | None = None,
     ) -> None:
         super().__init__()
-        assert not bias and not return_bias and tp_size == 1
+        assert not bias and not return_bias
+        self.tp_group, self.sequence_parallel = tp_group, tp_size > 1 and sequence_parallel
+        out_features //= tp_size if parallel_mode == "column" else 1
+        in_features //= tp_size if parallel_mode == "row" else 1
         self.in_features, self.out_features, self.use_bias = in_features, out_features, bias
         self.fuse_wgrad_accumulation, self.parallel_mode, self.tp_size = fuse_wgrad_accumulation, parallel_mode, tp_size
         self.save_original_input = save_original_input
@@ -136,8 +139,17 @@ class Linear(TransformerEngineBaseModule):
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None, fp8_output: bool = False) -> Tensor:
         self.init_fp8_metadata()
         RAN.append((self, self.fp8))
-        out = self._product(inp.reshape(-1, inp.shape[-1]), "weight", is_first_microbatch)
-        return out.view(*inp.shape[:-1], -1)
+        inp = self._communicated(inp, "column", "gather_from_sequence", "copy_to_tensor_model")
+        out = self._product(inp.reshape(-1, inp.shape[-1]), "weight", is_first_microbatch).view(*inp.shape[:-1], -1)
+        return self._communicated(out, "row", "reduce_scatter_to_sequence", "reduce_from_tensor_model")
+
+    def _communicated(self, tensor: Tensor, mode: str, with_sequence: str, without: str) -> Tensor:
+        if self.tp_size == 1 or self.parallel_mode != mode:
+            return tensor
+        from megatron.core.tensor_parallel import mappings
+
+        name = f"{with_sequence if self.sequence_parallel else without}_parallel_region"
+        return getattr(mappings, name)(tensor, group=self.tp_group)
 
 
 class LayerNormLinear(Linear):
