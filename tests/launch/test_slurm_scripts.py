@@ -12,6 +12,7 @@ import pytest
 from flexolmo_megatron.cli import main
 from flexolmo_megatron.commands.launch import EXAMPLE
 from flexolmo_megatron.errors import REQUEUE_STATUS
+from tests.slurm.cluster import unavailable
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = ROOT / "examples" / "slurm"
@@ -283,6 +284,13 @@ def test_without_slurm_nothing_is_written(capsys, launch_file, tmp_path, monkeyp
     assert main(["launch", str(launch_file)]) == 2
     assert "there is no sbatch on this machine" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_where_slurm_is_missing_its_tests_say_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "sbatch").symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    reason = unavailable()
+    assert reason.startswith("no Slurm here (munged, slurmctld, slurmd, srun,") and "on Debian: slurmctld slurmd" in reason
 
 
 def test_a_refused_script_is_reported_with_what_was_submitted(capsys, launch_file, tmp_path, monkeypatch):
