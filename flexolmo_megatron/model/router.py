@@ -20,19 +20,30 @@ from flexolmo_megatron.model.config import FlexOlmoTransformerConfig
 
 
 class _NonPositive(torch.autograd.Function):
-    """min(b, 0), with a gradient that lets a bias at or above 0 come down again, and no gradient to push it further
-    up."""
+    """min(b, 0), with the gradient of b: a bias at or above 0 can come down again. See ``hold_biases_at_zero``."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(bias)
         return bias.clamp(max=0)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
-        (bias,) = ctx.saved_tensors
-        # The optimizer moves against the gradient: a negative one would raise the bias.
-        return torch.where((bias >= 0) & (gradient < 0), 0, gradient)
+        return gradient
+
+
+def hold_biases_at_zero(model: nn.Module) -> None:
+    """Take out of the final gradients what would raise a bias that is at 0 or above, where raising it has no effect.
+
+    Only the sum over all microbatches and processes can be judged: the parts differ with the layout. Without this call
+    (trainers that own the step) biases can rise above 0, and take as many steps to have an effect again.
+
+    Args:
+        model: wrapped in Megatron's DistributedDataParallel, after ``finalize_model_grads``.
+    """
+    for module in model.modules():
+        if isinstance(module, DomainRouter) and module.bias is not None and module.bias.requires_grad:
+            gradient = module.bias.main_grad
+            gradient.masked_fill_((module.bias >= 0) & (gradient < 0), 0)
 
 
 class DomainRouter(TopKRouter):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError, StopRequested
-from flexolmo_megatron.model.router import PairRouter
+from flexolmo_megatron.model.router import PairRouter, hold_biases_at_zero
 from flexolmo_megatron.runtime.ranks import on_first_rank
 from flexolmo_megatron.runtime.setup import initialize, local_device, world_size
 from flexolmo_megatron.training import checkpoint
@@ -138,6 +138,8 @@ def _finalize_gradients(
     """What Megatron's schedule calls after the last backward pass; notes what this rank's own gradients were."""
     state.largest_own_gradient = largest_gradient(chunks)
     finalize_model_grads(chunks, *args, **options)
+    for chunk in chunks:
+        hold_biases_at_zero(chunk)
 
 
 def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
