@@ -4,7 +4,7 @@ Importing this package imports neither torch nor Megatron; ``load_model`` does.
 """
 
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +15,8 @@ __version__ = "0.1.0"
 
 
 def load_model(path: str | PathLike, dtype: "torch.dtype | None" = None, *,
-               anchor: str | PathLike | None = None) -> "Model":
+               anchor: str | PathLike | None = None,
+               rows: Literal["strict", "tuned", "untuned"] = "strict") -> "Model":
     """Load a model for inference, onto this process's GPU, or without one onto the CPU.
 
     **Without CUDA this changes the process for good**: Megatron-core takes much from ``torch.cuda``, for which
@@ -31,6 +32,10 @@ def load_model(path: str | PathLike, dtype: "torch.dtype | None" = None, *,
         dtype: to compute in, ``torch.float32`` (also None) or ``torch.bfloat16``, whatever the type on disk.
         anchor: of a pair, where its anchor is now; None for where it was when the pair was trained. Not used for
             other models.
+        rows: of a model whose router was tuned, which rows answers use. strict: the tuned ones; where experts are left
+            out, a set that was tuned without them and their owners' proxies, or else the untuned ones, so that nothing
+            that was derived from those owners' data is left. tuned: the tuned ones whatever is left out. untuned.
+            ``Model.rows_used`` says which these are.
 
     Returns:
         An object with ``expert_names``, ``logits(tokens, experts=None)``, ``generate(prompts, ...)`` and ``card``.
@@ -43,4 +48,5 @@ def load_model(path: str | PathLike, dtype: "torch.dtype | None" = None, *,
     prepare()
     from flexolmo_megatron.inference.model import load_model as load
 
-    return load(path, anchor=anchor) if dtype is None else load(path, dtype, anchor=anchor)
+    options = {"anchor": anchor, "rows": rows}
+    return load(path, **options) if dtype is None else load(path, dtype, **options)

@@ -2,6 +2,8 @@
 
 import argparse
 
+from flexolmo_megatron.commands.rows import add_rows_option
+
 
 def register(subparsers: argparse._SubParsersAction) -> None:
     """Add the verbs to the command line."""
@@ -26,6 +28,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
                          help="names of the experts to keep; the public one always is (default: all)")
     experts.add_argument("--exclude", type=_names, metavar="C,D",
                          help="names of the experts to leave out (default: none)")
+    add_rows_option(parser)
     parser.add_argument("--drop-bias", action="store_true",
                         help="leave out a learned router bias, for which the format has no place; without this option "
                              "a model with one is refused, with what dropping it would change")
@@ -81,9 +84,9 @@ def run_export(args: argparse.Namespace) -> None:
 
     model = open_model(args.source)
     if args.experts is not None:
-        model = select_experts(model, args.experts)
-    elif args.exclude is not None:
-        model = exclude_experts(model, args.exclude)
+        model = select_experts(model, args.experts, args.rows)
+    elif args.exclude is not None or args.rows != "strict":
+        model = exclude_experts(model, args.exclude or [], args.rows)
     if args.drop_bias and model.card.model.router_bias:
         print(f"learned router bias left out: {describe_bias(model)}", file=sys.stderr)
     with byte_progress(total_bytes(model), "export") as add:

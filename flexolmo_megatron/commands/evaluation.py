@@ -2,6 +2,8 @@
 
 import argparse
 
+from flexolmo_megatron.commands.rows import add_rows_option
+
 _EVAL_EXAMPLE = """\
 example:
   flexolmo eval --out results --reference public --routing \\
@@ -45,6 +47,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
                         help="to compute in (default: %(default)s)")
     parser.add_argument("--anchor", metavar="PATH",
                         help="where the anchor of pairs is now (default: where it was when each was trained)")
+    add_rows_option(parser)
     parser.add_argument("--reference", metavar="NAME",
                         help="one of the models: show the others' change from it, in percent")
     parser.set_defaults(run=run_eval)
@@ -69,7 +72,8 @@ def run_eval(args: argparse.Namespace) -> None:
     check_free(args.out)
     candidates = [parse_candidate(text) for text in args.model]
     options = Options(max_bytes=args.max_bytes, batch_tokens=args.batch_tokens, text_key=args.text_key,
-                      max_bad=args.max_bad, routing=args.routing, dtype=args.dtype, anchor=args.anchor)
+                      max_bad=args.max_bad, routing=args.routing, dtype=args.dtype, anchor=args.anchor,
+                      rows=args.rows)
     results = compare(candidates, parse_domains(args.domain), options, args.reference)
     show(results.to_rich())
     for path in write_report(results, args.out):

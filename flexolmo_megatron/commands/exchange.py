@@ -3,6 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from flexolmo_megatron.commands.rows import add_rows_option
 from flexolmo_megatron.errors import FlexOlmoError
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def _register_merge(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--top-k", type=int, metavar="K",
                         help="experts that are active for each token (default: 4, or all if there are fewer; a choice "
                              "made for --model is kept)")
+    add_rows_option(parser)
     parser.add_argument("--drop-bias", action="store_true",
                         help="with --format hf: leave out a learned router bias, for which that format has no place")
     parser.set_defaults(run=run_merge)
@@ -160,6 +162,7 @@ def run_verify(args: argparse.Namespace) -> None:
 
 def run_merge(args: argparse.Namespace) -> None:
     """Run ``flexolmo merge``."""
+    import sys
     from functools import partial
 
     from flexolmo_megatron.convert.model import open_model
@@ -173,7 +176,10 @@ def run_merge(args: argparse.Namespace) -> None:
         raise FlexOlmoError(f"--remove {' '.join(args.remove)} needs --model: an anchor has no expert but its own")
     base = open_model(args.model or args.anchor)
     if args.remove:
-        base = remove(base, args.remove)
+        base = remove(base, args.remove, args.rows)
+    if packages and base.card.row_sets:
+        print("note: an expert that joins was not tuned with the others, so the merged model has the untuned router "
+              "rows; tune it again", file=sys.stderr)
     report = write_merged(base, packages, args.out, format=args.format, top_k=args.top_k, drop_bias=args.drop_bias,
                           progress=partial(byte_progress, what="merge"))
     _report_positive_bias(report.positive_bias_layers)

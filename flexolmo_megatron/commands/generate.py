@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flexolmo_megatron.commands.rows import add_rows_option
 from flexolmo_megatron.errors import FlexOlmoError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
                         help="to compute in (default: %(default)s)")
     parser.add_argument("--anchor", metavar="PATH",
                         help="where a pair's anchor is now (default: where it was when the pair was trained)")
+    add_rows_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per answer and line")
     parser.set_defaults(run=run)
 
@@ -126,7 +128,8 @@ def render(generation: "Generation") -> str:
     shares = ", ".join(f"{name} {share:.1%}" for name, share in generation.routing_share.items() if share)
     end = "ended by the model" if generation.finish == "eod" else "stopped at --max-new-tokens"
     routing = f"routing weight: {shares}; " if shares else ""
-    return f"{generation.prompt}{generation.text}\n    [{routing}{len(generation.tokens)} tokens, {end}]"
+    rows = f"router rows: {generation.rows}; " if generation.rows else ""
+    return f"{generation.prompt}{generation.text}\n    [{routing}{rows}{len(generation.tokens)} tokens, {end}]"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -138,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
 
     from flexolmo_megatron.inference.model import load_model
 
-    model = load_model(args.model, getattr(torch, args.dtype), anchor=args.anchor)
+    model = load_model(args.model, getattr(torch, args.dtype), anchor=args.anchor, rows=args.rows)
     experts = chosen_experts(args.experts, args.exclude, model.expert_names)
     with tqdm(desc="generate", unit=" tokens", leave=False, disable=None) as bar:
         generations = model.generate(

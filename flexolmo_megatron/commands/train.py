@@ -1,4 +1,4 @@
-"""``flexolmo train``: anchor, expert, dense and moe runs, in one process or under torchrun."""
+"""``flexolmo train``: anchor, expert, dense, moe and router runs, in one process or under torchrun."""
 
 import argparse
 import atexit
@@ -12,6 +12,8 @@ MODES = {
     "expert": "an owner's expert beside the frozen anchor; needs anchor=, expert.name= and expert.domain_vector=",
     "dense": "a dense model, from anchor= or random weights (baselines)",
     "moe": "an unrestricted mixture, all weights jointly, from anchor= or random weights (baselines)",
+    "router": "the router rows and biases of a merged model, all else frozen; needs merged=, public data as "
+    "data.train= and data.proxies.NAME= of owners (by default optimizer.lr=2e-3 optimizer.lr_warmup_iters=100)",
 }
 
 
@@ -19,7 +21,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     """Add the verb."""
     parser = subparsers.add_parser(
         "train",
-        help="train an anchor, an owner's expert or a baseline",
+        help="train an anchor, an owner's expert, a merged model's router or a baseline",
         description="Train, or resume, one run. On several devices: "
         "torchrun --nproc-per-node N -m flexolmo_megatron.train MODE …",
         epilog="SIGTERM and SIGUSR1 end a run after its step, with a checkpoint and exit status 75; under torchrun, "
@@ -43,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--preset", choices=preset_names(), help="named sizes and settings to start from")
     parser.add_argument(
+        "--leave-one-out",
+        action="store_true",
+        help="router only, short for leave_one_out=true: tune another set of rows for each owner, without that owner",
+    )
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
@@ -60,10 +67,12 @@ def describe_options() -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
-    from flexolmo_megatron.config.train import TrainConfig
+    from flexolmo_megatron.config.train import RouterTrainConfig, TrainConfig
     from flexolmo_megatron.training.signals import stay_stopped
 
-    config = load_config(TrainConfig, preset=args.preset, paths=args.config, overrides=args.overrides)
+    schema = RouterTrainConfig if args.mode == "router" else TrainConfig
+    overrides = [*args.overrides, *(["leave_one_out=true"] if args.leave_one_out else [])]
+    config = load_config(schema, preset=args.preset, paths=args.config, overrides=overrides)
     stay_stopped(Path(config.out))
 
     from flexolmo_megatron.runtime.setup import prepare

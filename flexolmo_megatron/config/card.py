@@ -8,6 +8,7 @@ It may come from a stranger, within a published anchor or a merged model: ``Mode
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,9 +28,17 @@ MAX_CARD_BYTES = 16 * 1024 * 1024
 ROUTER_FIELDS = {"embedder": str, "documents": int}
 """How a router row was made: name of the embedder, number of documents whose embeddings were averaged."""
 
-Kind = Literal["dense", "moe", "pair"]
+UNTUNED = "untuned"
+"""Name of the rows that a merged model had before its router was tuned: each comes from its own expert's package."""
+TUNED = "tuned"
+"""Name of the rows that were tuned with all experts."""
+WITHOUT = "without-"
+"""With an expert's name after it: name of the rows that were tuned without that expert and its owner's proxies."""
+
+Kind = Literal["dense", "moe", "pair", "router"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SET_NAME = re.compile(rf"{UNTUNED}|{TUNED}|{WITHOUT}{_NAME.pattern}")
 _WHAT = "the card of a FlexOlmo checkpoint"
 _DTYPES = ("bfloat16", "float16", "float32")
 _MAX_NUMBER = 2**31
@@ -54,12 +63,30 @@ class ExpertRecord:
 
 
 @dataclass
+class RowSet:
+    """A whole set of router rows and biases of a merged model, and on whom it depends beyond each row's own expert."""
+
+    name: str
+    """``UNTUNED``, ``TUNED``, or ``WITHOUT`` and an expert's name."""
+    experts: list[str] = field(default_factory=list)
+    """Owners' experts that were in the model when the rows were tuned: their weights have shaped all rows."""
+    proxies: list[str] = field(default_factory=list)
+    """Experts on whose owners' proxies the rows were tuned."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Summary of the tuning: tokens, steps, lr, seed."""
+
+    def depends_on(self, names: Iterable[str]) -> bool:
+        """Whether the data of one of these experts' owners has shaped rows other than that expert's own."""
+        return not {*self.experts, *self.proxies}.isdisjoint(names)
+
+
+@dataclass
 class ModelCard:
     """What a checkpoint holds."""
 
     kind: Kind
     """dense: no experts. moe: FlexOlmo experts and router. pair: only what an owner trained; the rest is in the
-    anchor."""
+    anchor. router: only rows and biases that were tuned; the rest is in the merged model."""
     model: ModelConfig
     """The architecture. For a pair: of the coupled model (num_experts = top_k = 2, ffn_hidden_size as the owner's
     expert)."""
@@ -78,6 +105,11 @@ class ModelCard:
     chosen_top_k: int | None = None
     """The top-k that somebody chose for a merged model, whatever number of experts it has at the moment; None where
     top-k follows from that number."""
+    row_sets: list[RowSet] = field(default_factory=list)
+    """Of a merged model with a tuned router: its sets of rows, the one among its tensors first, the others in
+    ``convert/rows.py``'s file; one of them is ``UNTUNED``. Of kind router: the set that it holds. Otherwise empty."""
+    merged_digest: str | None = None
+    """Of kind router: digest of the merged model, with its untuned rows."""
 
     def __post_init__(self) -> None:
         expected = self.model.num_experts
@@ -158,7 +190,8 @@ def _parse(data: bytes) -> ModelCard:
         raise FlexOlmoError(f"experts = {shown(experts)}: expected a list")
     records = [_expert(value, number) for number, value in enumerate(experts)]
     _check_values(values)
-    card = ModelCard(**{**values, "model": _model(model), "experts": records})
+    sets = _row_sets(values.get("row_sets", []))
+    card = ModelCard(**{**values, "model": _model(model), "experts": records, "row_sets": sets})
     _check_kind(card)
     return card
 
@@ -215,6 +248,40 @@ def _expert(values: Any, number: int) -> ExpertRecord:
     return ExpertRecord(**values)
 
 
+def _row_sets(values: Any) -> list[RowSet]:
+    if not isinstance(values, list):
+        raise FlexOlmoError(f"row_sets = {shown(values)}: expected a list")
+    sets = [_row_set(value, f"row_sets[{number}]") for number, value in enumerate(values)]
+    names = [row_set.name for row_set in sets]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise FlexOlmoError(f"row_sets[{number}].name = {shown(name)}: expected no name twice")
+    return sets
+
+
+def _row_set(values: Any, what: str) -> RowSet:
+    if not isinstance(values, dict):
+        raise FlexOlmoError(f"{what} = {shown(values)}: expected a JSON object")
+    _check_names(values, RowSet, f"{what}.")
+    if not isinstance(values["name"], str) or not _SET_NAME.fullmatch(values["name"]):
+        raise FlexOlmoError(f"{what}.name = {shown(values['name'])}: expected {UNTUNED}, {TUNED} or {WITHOUT}NAME")
+    for key in ("experts", "proxies"):
+        names = values.get(key, [])
+        if not isinstance(names, list):
+            raise FlexOlmoError(f"{what}.{key} = {shown(names)}: expected a list of expert names")
+        try:
+            for name in names:
+                check_expert_name(name)
+        except FlexOlmoError as error:
+            raise FlexOlmoError(f"{what}.{key}: {error}") from None
+        if (values["name"] == UNTUNED) != (not names):
+            expected = "no name" if names else "at least one name"
+            raise FlexOlmoError(f"{what}.{key} = {shown(names)}: expected {expected} for the set {values['name']}")
+    if not isinstance(values.get("training", {}), dict):
+        raise FlexOlmoError(f"{what}.training = {shown(values['training'])}: expected a JSON object")
+    return RowSet(**values)
+
+
 def _check_values(values: dict[str, Any]) -> None:
     """Check the fields that are neither the model nor experts."""
     kinds = get_args(Kind)
@@ -227,8 +294,9 @@ def _check_values(values: dict[str, Any]) -> None:
                             "'path'")
     if named:
         check_text("tokenizer.path", tokenizer["path"])
-    if values.get("anchor_digest") is not None:
-        check_digest("anchor_digest", values["anchor_digest"])
+    for key in ("anchor_digest", "merged_digest"):
+        if values.get(key) is not None:
+            check_digest(key, values[key])
     if values.get("anchor_path") is not None:
         check_text("anchor_path", values["anchor_path"])
     if values.get("anchor_dtype") not in (None, *_DTYPES):
@@ -245,3 +313,10 @@ def _check_kind(card: ModelCard) -> None:
     if card.kind == "pair" and (count, top_k) != (2, 2):
         raise FlexOlmoError(f"model.num_experts = {count}, model.top_k = {top_k}: expected 2 and 2 for a model of kind "
                             "'pair'")
+    if card.kind == "router" and (count < 2 or len(card.row_sets) != 1):
+        raise FlexOlmoError(f"model.num_experts = {count}, {len(card.row_sets)} row_sets: expected 2 or more, and 1, "
+                            "for a model of kind 'router'")
+    if card.kind in ("dense", "pair") and card.row_sets:
+        raise FlexOlmoError(f"{len(card.row_sets)} row_sets: expected none for a model of kind {card.kind!r}")
+    if card.kind == "moe" and card.row_sets and UNTUNED not in [row_set.name for row_set in card.row_sets]:
+        raise FlexOlmoError(f"row_sets without the set {UNTUNED!r}: expected it in a model whose router was tuned")

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -25,6 +26,10 @@ class DataConfig:
     better."""
     public_share: float = 0.0
     """Share of the samples that come from `public`, from 0 to below 1. The paper's owners use none."""
+    proxies: dict[str, list[Any]] = field(default_factory=dict)
+    """Router tuning only: each owner's proxies by the name of the expert, given like train, for example
+    data.proxies.math=[PREFIX]. `train` is the public data then. Samples come from it and from each owner's proxies in
+    equal shares."""
     seq_length: int = 512
     """Tokens per sample."""
     cache: str | None = None
@@ -36,7 +41,7 @@ class OptimizerConfig:
     """AdamW and its schedule; the defaults are the paper's for an owner's run (section 4.1)."""
 
     lr: float = 9e-4
-    """Highest learning rate."""
+    """Highest learning rate. For router tuning the default is the paper's, 2e-3."""
     min_lr: float = 0.0
     """Learning rate at the end of the schedule."""
     router_lr: float | None = None
@@ -44,7 +49,7 @@ class OptimizerConfig:
     lr_decay_style: str = "cosine"
     """cosine, linear, constant or WSD (warm-up, stable, decay)."""
     lr_warmup_iters: int = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0. For router tuning the default is the paper's, 100."""
     lr_wsd_decay_iters: int = 0
     """WSD only: steps of the final decay."""
     weight_decay: float = 0.0
@@ -110,7 +115,7 @@ class ExpertConfig:
 
 @dataclass
 class TrainConfig:
-    """A training run: `flexolmo train anchor|expert|dense|moe`."""
+    """A training run: `flexolmo train anchor|expert|dense|moe|router`."""
 
     out: str = MISSING
     """Folder of the run: checkpoints, metrics.jsonl, tensorboard, config.yaml. An existing run is resumed."""
@@ -119,6 +124,12 @@ class TrainConfig:
     """Architecture of a new model; where a run starts from an anchor, the anchor's is used."""
     anchor: str | None = None
     """Checkpoint or Hugging Face directory to start from. Needed for an expert; optional for dense and moe."""
+    merged: str | None = None
+    """Merged model whose router is tuned (router only, needed); it is left as it is. The run ends with a tuned copy, in
+    the folder `model` of `out`, which keeps the untuned rows, too."""
+    leave_one_out: bool = False
+    """Router only: after the rows for all experts tune one more set of rows for each owner, without that owner's expert
+    and proxies: what the model uses where that owner is left out."""
     expert: ExpertConfig = field(default_factory=ExpertConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -135,7 +146,7 @@ class TrainConfig:
     seed: int = 1234
     """Of initial weights and the order of samples."""
     moe_z_loss_coeff: float = 1e-3
-    """Weight of the router z-loss (expert and moe)."""
+    """Weight of the router z-loss (expert, moe and router)."""
     log_interval: int = 10
     """Steps between lines of progress; metrics.jsonl has every step."""
     eval_interval: int = 0
@@ -230,3 +241,11 @@ class TrainConfig:
                 value = attrgetter(name)(self)
                 if value is not None and not holds(value):
                     raise FlexOlmoError(f"{name} = {value}: expected {expected}")
+
+
+@dataclass
+class RouterTrainConfig(TrainConfig):
+    """A run of `flexolmo train router`: other defaults."""
+
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-3, lr_warmup_iters=100))
+    """The paper's settings for router tuning (section 4.1)."""

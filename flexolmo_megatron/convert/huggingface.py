@@ -16,6 +16,7 @@ from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.convert.huggingface_config import SPECIAL_TOKENS, parse_config, render_config
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
 from flexolmo_megatron.convert.names import check_tensors, expected_tensors
+from flexolmo_megatron.convert.rows import open_rows, save_rows, without_bias
 from flexolmo_megatron.convert.safetensors_io import open_file, write_shards
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import atomic_directory, read_json, write_json
@@ -133,7 +134,7 @@ def open_huggingface(directory: str | os.PathLike) -> LazyModel:
     expected = expected_tensors(card.model, card.kind)
     check_tensors(tensors, expected, str(directory))
     check_dtypes(tensors, str(directory))
-    return LazyModel(card, {name: tensors[name] for name in expected})
+    return LazyModel(card, {name: tensors[name] for name in expected}, open_rows(directory, card))
 
 
 def describe_bias(model: LazyModel) -> str:
@@ -147,12 +148,6 @@ def describe_bias(model: LazyModel) -> str:
     largest = max(float(bias.abs().max()) for bias in biases.values())
     return (f"dropping it raises the routing logit of {len(moved)} of {len(names)} experts ({', '.join(moved)}) by "
             f"-b, at most {largest:.4g}, so that they are chosen more often and weigh more")
-
-
-def _without_bias(model: LazyModel) -> LazyModel:
-    config = ModelConfig(**{**asdict(model.card.model), "router_bias": False})
-    return LazyModel(replace(model.card, model=config),
-                     {name: tensor for name, tensor in model.tensors.items() if not name.endswith(".mlp.gate.bias")})
 
 
 def _tokenizer_folder(tokenizer: dict[str, str]) -> Path | None:
@@ -197,7 +192,7 @@ def save_huggingface(model: LazyModel, path: str | os.PathLike, drop_bias: bool 
         if not drop_bias:
             raise FlexOlmoError("the model has a learned router bias, for which the Hugging Face format has no place: "
                                 f"{describe_bias(model)}; export it with --drop-bias if that is acceptable")
-        model = _without_bias(model)
+        model = without_bias(model)
     expected = expected_tensors(model.card.model, model.card.kind)
     check_tensors(model.tensors, expected, "the model to save")
     card = model.card
@@ -207,4 +202,5 @@ def save_huggingface(model: LazyModel, path: str | os.PathLike, drop_bias: bool 
                    render_config(card.model, card.kind, dtype, _special_tokens(card.tokenizer)))
         card.save(directory)
         _copy_tokenizer(card.tokenizer, directory)
+        save_rows(model, directory)
         write_shards(directory, model.tensors, max_shard_bytes)

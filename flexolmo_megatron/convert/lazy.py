@@ -5,7 +5,7 @@ Tensors carry the names of the Hugging Face layout (``convert/names.py``), whate
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -28,6 +28,8 @@ class LazyModel:
 
     card: ModelCard
     tensors: dict[str, LazyTensor]
+    other_rows: dict[str, dict[str, LazyTensor]] = field(default_factory=dict)
+    """Of a model with a tuned router: the row sets that are not among ``tensors``, by name (``convert/rows.py``)."""
 
 
 def padded(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:

@@ -30,6 +30,7 @@ from flexolmo_megatron.convert.names import (
     megatron_tensors,
     slices,
 )
+from flexolmo_megatron.convert.rows import open_rows
 from flexolmo_megatron.convert.safetensors_io import read_into
 from flexolmo_megatron.errors import FlexOlmoError
 
@@ -172,7 +173,7 @@ def open_megatron(directory: str | os.PathLike) -> LazyModel:
     tensors = {name: LazyTensor(dtypes[name], shape, partial(_read_canonical, shape, dtypes[name], sources[name]))
                for name, shape in expected_tensors(card.model, card.kind).items()}
     check_dtypes(tensors, str(directory))
-    return LazyModel(card, tensors)
+    return LazyModel(card, tensors, open_rows(directory, card))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from flexolmo_megatron.convert.names import (
     fill_region,
     megatron_tensors,
 )
+from flexolmo_megatron.convert.rows import save_rows
 from flexolmo_megatron.files import atomic_directory, write_json
 from flexolmo_megatron.streaming import streaming_file
 
@@ -100,6 +101,7 @@ def write_megatron(model: LazyModel, directory: Path) -> None:
         torch.serialization.set_crc32_options(computes_crc)
     FileSystemWriter(directory, sync_files=False).finish(metadata, [results])
     write_json(directory / "metadata.json", _FORMAT)
+    save_rows(model, directory)
     card.save(directory)
 
 

@@ -16,10 +16,13 @@ from flexolmo_megatron.convert.huggingface import CONFIG_FILE, DEFAULT_SHARD_BYT
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
 from flexolmo_megatron.convert.megatron import METADATA_FILE, open_megatron
 from flexolmo_megatron.convert.megatron_writer import save_megatron
+from flexolmo_megatron.convert.rows import Choice, is_row, leave_out
 from flexolmo_megatron.errors import FlexOlmoError, nearest
 
 CHECKPOINTS = "checkpoints"
 """Folder of a training run that holds one Megatron checkpoint per saved step, ``step_00000100`` and so on."""
+TUNED_MODEL = "model"
+"""Folder of a run of router tuning that holds its result, a whole model."""
 
 _EXPECTED = ("expected a Hugging Face directory (config.json), a Megatron checkpoint (.metadata and flexolmo.json) or "
              "a training run (checkpoints/step_* or iter_*)")
@@ -55,9 +58,11 @@ def open_model(path: str | os.PathLike) -> LazyModel:
     if (path / CONFIG_FILE).exists():
         return open_huggingface(path)
     if (path / CARD_FILE).exists():
-        return open_megatron(path)
+        return _whole(open_megatron(path), path)
+    if (path / TUNED_MODEL / CARD_FILE).exists():
+        return open_megatron(path / TUNED_MODEL)
     if (newest := newest_checkpoint(path)) is not None:
-        return open_megatron(newest)
+        return _whole(open_megatron(newest), newest)
     if (path / CHECKPOINTS).is_dir():
         raise FlexOlmoError(f"{path / CHECKPOINTS} has no complete checkpoint: expected a folder step_* in it")
     if (path / METADATA_FILE).exists():
@@ -69,6 +74,13 @@ def open_model(path: str | os.PathLike) -> LazyModel:
     if (path / "manifest.json").exists():
         raise FlexOlmoError(f"{path} is an expert package, not a model: {_EXPECTED}")
     raise FlexOlmoError(f"{path} holds no model: {_EXPECTED}")
+
+
+def _whole(model: LazyModel, path: Path) -> LazyModel:
+    if model.card.kind == "router":
+        raise FlexOlmoError(f"{path} holds router rows alone: the tuned model is in the folder {TUNED_MODEL!r} of its "
+                            "run once that has ended")
+    return model
 
 
 def save_model(model: LazyModel, path: str | os.PathLike, format: Literal["hf", "megatron"], drop_bias: bool = False,
@@ -98,10 +110,15 @@ def _select_rows(tensor: LazyTensor, rows: list[int]) -> LazyTensor:
                       lambda: tensor.read().index_select(0, torch.tensor(rows)))
 
 
-def select_experts(model: LazyModel, names: Iterable[str]) -> LazyModel:
+def select_experts(model: LazyModel, names: Iterable[str], rows: Choice = "strict") -> LazyModel:
     """Return the model with only some of its experts, in the model's order; nothing is read.
 
     The public expert is always kept. top_k becomes at most the number of experts that are left.
+
+    Args:
+        model: of kind moe.
+        names: experts to keep.
+        rows: of a model whose router was tuned: see ``rows.choose``. Other sets that an expert has shaped go with it.
 
     Raises:
         FlexOlmoError: the model has no experts to choose from, or a name is unknown.
@@ -111,6 +128,7 @@ def select_experts(model: LazyModel, names: Iterable[str]) -> LazyModel:
         raise FlexOlmoError(f"experts can be chosen only from a moe model, this one is {card.kind}")
     wanted = set(names) | {PUBLIC}
     check_names(wanted, card.expert_names)
+    model = leave_out(model, set(card.expert_names) - wanted, rows)
     kept = [number for number, name in enumerate(card.expert_names) if name in wanted]
     config = ModelConfig(**{**asdict(card.model), "num_experts": len(kept), "top_k": min(card.model.top_k, len(kept))})
     tensors: dict[str, LazyTensor] = {}
@@ -121,11 +139,14 @@ def select_experts(model: LazyModel, names: Iterable[str]) -> LazyModel:
             if int(number) in kept:
                 tensors[f"{before}{found}{kept.index(int(number))}.{rest}"] = tensor
         else:
-            tensors[name] = _select_rows(tensor, kept) if ".mlp.gate." in name else tensor
-    return LazyModel(replace(card, model=config, experts=[card.experts[number] for number in kept]), tensors)
+            tensors[name] = _select_rows(tensor, kept) if is_row(name) else tensor
+    other_rows = {name: {key: _select_rows(tensor, kept) for key, tensor in others.items()}
+                  for name, others in model.other_rows.items()}
+    experts = [card.experts[number] for number in kept]
+    return LazyModel(replace(model.card, model=config, experts=experts), tensors, other_rows)
 
 
-def exclude_experts(model: LazyModel, names: Iterable[str]) -> LazyModel:
+def exclude_experts(model: LazyModel, names: Iterable[str], rows: Choice = "strict") -> LazyModel:
     """Return the model without the named experts; see ``select_experts``.
 
     Raises:
@@ -136,7 +157,7 @@ def exclude_experts(model: LazyModel, names: Iterable[str]) -> LazyModel:
         raise FlexOlmoError(f"expert {PUBLIC!r} cannot be excluded: it is the anchor that all others were trained with")
     if model.card.kind == "moe":
         check_names(excluded, model.card.expert_names)
-    return select_experts(model, set(model.card.expert_names) - excluded)
+    return select_experts(model, set(model.card.expert_names) - excluded, rows)
 
 
 def check_names(names: Iterable[str], known: list[str]) -> None:
@@ -163,5 +184,5 @@ def watch(model: LazyModel, on_read: Callable[[int], object]) -> LazyModel:
         on_read(result.nbytes)
         return result
 
-    return LazyModel(model.card, {name: replace(tensor, read=partial(read, tensor))
-                                  for name, tensor in model.tensors.items()})
+    return replace(model, tensors={name: replace(tensor, read=partial(read, tensor))
+                                   for name, tensor in model.tensors.items()})

@@ -73,6 +73,7 @@ _PAIR = (
     }),
     Rule(_LAYER + "mlp.expert.linear_fc2.weight", {_HF_LAYER + "mlp.experts.1.down_proj.weight": "hf"}),
 )
+_ROUTER = tuple(rule for rule in _MOE if ".router." in rule.key)
 _END = (
     Rule(_LAYER + "post_mlp_layernorm.weight", {_HF_LAYER + "post_feedforward_layernorm.weight": "h"}),
     Rule("decoder.final_layernorm.weight", {"model.norm.weight": "h"}),
@@ -83,6 +84,7 @@ TABLE: dict[Kind, tuple[Rule, ...]] = {
     "dense": _BACKBONE + _DENSE + _END,
     "moe": _BACKBONE + _MOE + _END,
     "pair": _PAIR,
+    "router": _ROUTER,
 }
 
 
@@ -159,8 +161,8 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
 def _check_kind(config: ModelConfig, kind: Kind) -> None:
     if kind not in TABLE:
         raise FlexOlmoError(f"checkpoint kind {kind!r}: expected one of {', '.join(TABLE)}")
-    if kind == "moe" and not config.num_experts:
-        raise FlexOlmoError("a moe checkpoint with model.num_experts = 0: expected 1 or more")
+    if kind in ("moe", "router") and not config.num_experts:
+        raise FlexOlmoError(f"a {kind} checkpoint with model.num_experts = 0: expected 1 or more")
 
 
 def _expand(rule: Rule, config: ModelConfig) -> list[tuple[str, dict[str, tuple[int, ...]]]]:

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from flexolmo_megatron.convert.model import open_model
+from flexolmo_megatron.convert.rows import Choice
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.candidates import Candidate
 from flexolmo_megatron.evaluation.perplexity import DEFAULT_BATCH_TOKENS, DomainScore, evaluate_documents
@@ -39,6 +40,8 @@ class Options:
     """What to compute in: float32 or bfloat16."""
     anchor: str | os.PathLike | None = None
     """Where the anchor of pairs is now; None for where it was when each was trained."""
+    rows: Choice = "strict"
+    """Router rows of models with a tuned router; see ``load_model``."""
 
     def __post_init__(self) -> None:
         for name, smallest in (("max_bytes", 1), ("batch_tokens", 1), ("max_bad", 0)):
@@ -111,12 +114,15 @@ def compare(candidates: Sequence[Candidate], domains: Mapping[str, Sequence[str]
     routing: dict[str, dict[str, RoutingShare]] = {}
     models: dict[str, dict[str, Any]] = {}
     for path in dict.fromkeys(candidate.path for candidate in candidates):
-        model = load_model(path, getattr(torch, options.dtype), anchor=options.anchor)
+        model = load_model(path, getattr(torch, options.dtype), anchor=options.anchor, rows=options.rows)
         for candidate in candidates:
             if candidate.path != path:
                 continue
             experts = candidate.experts(model.expert_names)
             models[candidate.name] = {"path": str(path), "experts": experts or list(model.expert_names)}
+            if rows := model.rows_used(experts):
+                models[candidate.name]["rows"] = rows
+                print(f"{candidate.name}: router rows {rows}", file=sys.stderr, flush=True)
             for domain, files in domains.items():
                 score, share = _evaluate(model, candidate, domain, files, options)
                 scores[candidate.name][domain] = score

@@ -7,6 +7,9 @@ A package with a smaller FFN than the anchor's is padded with zeros: an added in
 its column of down_proj is 0, so it adds exactly 0 to every output.
 
 The router's bias is [0, b_1, ..., b_n] in fp32, and exists only if some package has one.
+
+A row that joins tuned ones was not tuned with them: adding experts to a model whose router was tuned begins with its
+untuned rows. Leaving some out keeps the tuned sets that they have not shaped (``convert/rows.py``).
 """
 
 import contextlib
@@ -22,13 +25,14 @@ from flexolmo_megatron.config.card import ExpertRecord, ModelCard
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor, padded
 from flexolmo_megatron.convert.model import exclude_experts, save_model, total_bytes, watch
 from flexolmo_megatron.convert.names import expected_tensors
+from flexolmo_megatron.convert.rows import Choice, untuned, without_bias
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.digest import BackgroundDigest
 from flexolmo_megatron.exchange.hash_pool import HashPool
 from flexolmo_megatron.exchange.package import PROJECTIONS, Package, open_package
 from flexolmo_megatron.exchange.progress import Progress, no_progress
 from flexolmo_megatron.exchange.read_ahead import ReadAhead
-from flexolmo_megatron.exchange.verify import AnchorReference, VerifiedPackage, anchor_of, check_fits, without_bias
+from flexolmo_megatron.exchange.verify import AnchorReference, VerifiedPackage, anchor_of, check_fits
 from flexolmo_megatron.files import atomic_directory
 from flexolmo_megatron.streaming import recycling
 
@@ -61,6 +65,7 @@ def merge(base: LazyModel, packages: Sequence[VerifiedPackage], *, top_k: int | 
 
 def compose(base: LazyModel, packages: Sequence[Package], *, top_k: int | None = None) -> LazyModel:
     """``merge`` of packages that are yet to be checked: their contents, and their anchor's digest against ``base``."""
+    base = untuned(base) if packages else base
     card = base.card
     digest = claimed_anchor(base, packages)
     if packages:
@@ -91,7 +96,7 @@ def compose(base: LazyModel, packages: Sequence[Package], *, top_k: int | None =
     training = card.training if first > 1 else {}  # of the anchor alone it says nothing about the merged model
     merged = replace(card, model=config, experts=experts, anchor_digest=digest, training=training, chosen_top_k=chosen)
     # In the order of the model, which is also the order of each package's file: then it is hashed in one pass.
-    return LazyModel(merged, {name: tensors[name] for name in expected_tensors(config, "moe")})
+    return LazyModel(merged, {name: tensors[name] for name in expected_tensors(config, "moe")}, base.other_rows)
 
 
 def claimed_anchor(base: LazyModel, packages: Sequence[Package]) -> str | None:
@@ -109,18 +114,24 @@ def claimed_anchor(base: LazyModel, packages: Sequence[Package]) -> str | None:
     return claims[0][0] if claims else None
 
 
-def remove(merged: LazyModel, names: Sequence[str]) -> LazyModel:
+def remove(merged: LazyModel, names: Sequence[str], rows: Choice = "strict") -> LazyModel:
     """Take experts out of a merged model. A router bias that is left with zeros only goes, too.
 
     top_k becomes at most the number of experts that are left; one that was chosen is remembered, and comes back when
     experts are added again.
 
+    Args:
+        merged: kind "moe".
+        names: of the experts that go.
+        rows: of a model whose router was tuned, see ``rows.choose``.
+
     Raises:
         FlexOlmoError: an unknown name, or the anchor's own expert.
     """
-    rest = exclude_experts(LazyModel(replace(merged.card, chosen_top_k=_chosen_top_k(merged.card)), merged.tensors),
-                           names)
-    biases = [tensor for name, tensor in rest.tensors.items() if name.endswith(".mlp.gate.bias")]
+    rest = exclude_experts(replace(merged, card=replace(merged.card, chosen_top_k=_chosen_top_k(merged.card))), names,
+                           rows)
+    biases = [tensor for tensors in (rest.tensors, *rest.other_rows.values()) for name, tensor in tensors.items()
+              if name.endswith(".mlp.gate.bias")]
     return rest if any(bias.read().any() for bias in biases) else without_bias(rest)
 
 

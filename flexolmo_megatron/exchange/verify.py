@@ -6,7 +6,7 @@ are read. Nothing is written. A package's bias above 0 is accepted and reported:
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -14,6 +14,7 @@ from flexolmo_megatron.config.card import PUBLIC
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.convert.lazy import LazyModel
 from flexolmo_megatron.convert.model import select_experts
+from flexolmo_megatron.convert.rows import without_bias
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.digest import DTYPE_NAMES, model_digest
 from flexolmo_megatron.exchange.package import Package, open_package
@@ -107,8 +108,3 @@ def anchor_of(model: LazyModel) -> LazyModel:
                             f"{PUBLIC!r}) or a model merged from one")
     return without_bias(select_experts(model, [PUBLIC]))
 
-
-def without_bias(model: LazyModel) -> LazyModel:
-    config = replace(model.card.model, router_bias=False)
-    tensors = {name: tensor for name, tensor in model.tensors.items() if not name.endswith(".mlp.gate.bias")}
-    return LazyModel(replace(model.card, model=config), tensors)

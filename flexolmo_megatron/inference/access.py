@@ -1,7 +1,8 @@
-"""Who may use which expert: from the names in a request to masks on the routers.
+"""Who may use which expert: from the names in a request to masks on the routers, and to the rows that fit them.
 
 An expert that a sequence may not use gets the routing logit -inf and no token, so nothing that it holds (weights,
-router row, bias, be they NaN) can reach that sequence.
+router row, bias, be they NaN) can reach that sequence. What it has left in the other experts' rows of a tuned router is
+gone where another set of rows is used (``convert/rows.py``).
 
 Legend: b sequences, E experts.
 """
@@ -68,6 +69,34 @@ def allowed_experts(experts: Experts, known: Sequence[str], batch_size: int) -> 
         _check_list(experts, known, "experts")
         lists = [experts] * batch_size
     return torch.tensor([[name in names for name in known] for names in lists])
+
+
+Rows = list[tuple[Tensor, Tensor | None]]
+"""One set of router rows `[E, H]` and biases `[E]` (or None), by layer."""
+
+
+@contextlib.contextmanager
+def using_rows(model: nn.Module, rows: Rows | None) -> Iterator[None]:
+    """Let forward passes of ``model`` within the block use other router rows; None for its own.
+
+    Not for several threads that share a model.
+    """
+    from flexolmo_megatron.model.router import DomainRouter
+
+    routers = [module for module in model.modules() if isinstance(module, DomainRouter)] if rows else []
+    before = [(router.weight.data, None if router.bias is None else router.bias.data) for router in routers]
+
+    def put(values: Rows) -> None:
+        for router, (weight, bias) in zip(routers, values, strict=True):
+            router.weight.data = weight
+            if bias is not None:
+                router.bias.data = bias
+
+    put(rows or [])
+    try:
+        yield
+    finally:
+        put(before)
 
 
 @contextlib.contextmanager

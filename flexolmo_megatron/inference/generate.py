@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.inference.access import Experts, allowed_experts, only_allowed
+from flexolmo_megatron.inference.access import Experts, allowed_experts, only_allowed, using_rows
 from flexolmo_megatron.inference.attribution import RoutingWeights
 
 if TYPE_CHECKING:
@@ -68,6 +68,9 @@ class Generation:
     routing_share: dict[str, float] = field(default_factory=dict)
     """Expert name -> its share of the routing weight, the mean over layers and generated tokens (the end-of-document
     token counts); sums to one. Empty for a dense model."""
+    rows: str = ""
+    """Of a model with a tuned router: the rows that were used, and the guarantee where experts were left out; see
+    ``Model.rows_used``."""
 
 
 def filter_logits(logits_bV: Tensor, sampling: Sampling) -> Tensor:
@@ -193,10 +196,16 @@ def generate(model: "Model", prompts: Sequence[str], sampling: Sampling, experts
     allowed_BE = allowed_experts(experts, model.expert_names, len(prompts))
     results = [Generation(prompt) for prompt in prompts]
     generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + index) for index in range(len(prompts))]
-    by_length = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))  # less padding
-    for start in range(0, len(prompts), batch_size):
-        rows = by_length[start : start + batch_size]
-        with only_allowed(model.module, None if allowed_BE is None else allowed_BE[rows]):
-            _generate_batch(model, [encoded[row] for row in rows], [results[row] for row in rows], sampling,
-                            [generators[row] for row in rows], progress)
+    for row, result in enumerate(results):
+        names = model.expert_names
+        used = names if allowed_BE is None else [names[index] for index in allowed_BE[row].nonzero().flatten().tolist()]
+        result.rows = model.rows_used(used)
+    for router_rows, members in model.by_rows(allowed_BE, len(prompts)):
+        by_length = sorted(members, key=lambda index: len(encoded[index]))  # less padding
+        for start in range(0, len(members), batch_size):
+            rows = by_length[start : start + batch_size]
+            mask = None if allowed_BE is None else allowed_BE[rows]
+            with using_rows(model.module, router_rows), only_allowed(model.module, mask):
+                _generate_batch(model, [encoded[row] for row in rows], [results[row] for row in rows], sampling,
+                                [generators[row] for row in rows], progress)
     return results

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flexolmo_megatron.config.card import PUBLIC, ModelCard
+from flexolmo_megatron.config.card import PUBLIC, ModelCard, RowSet
 from flexolmo_megatron.config.model import ModelConfig
+from flexolmo_megatron.convert.lazy import LazyTensor
 from flexolmo_megatron.convert.model import check_names, open_model
+from flexolmo_megatron.convert.rows import Choice, choose, describe_choice
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.inference.access import Experts, allowed_experts, only_allowed
+from flexolmo_megatron.inference.access import Experts, Names, Rows, allowed_experts, only_allowed, using_rows
 from flexolmo_megatron.inference.pair import couple, open_anchor
 from flexolmo_megatron.training.tokenizer import Tokenizer, load_tokenizer
 
@@ -29,12 +31,16 @@ if TYPE_CHECKING:
 class Model:
     """What ``load_model`` returns."""
 
-    def __init__(self, module: nn.Module, card: ModelCard, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, card: ModelCard, device: torch.device, rows: Choice = "strict",
+                 other_rows: dict[str, Rows] | None = None) -> None:
         self.module = module
         """Megatron's GPTModel, in evaluation mode."""
         self.card = card
         """What the model is; for a pair, of the two-expert model."""
         self.device = device
+        self.rows = rows
+        """Which router rows are used, if the router was tuned; see ``load_model``."""
+        self._other_rows = other_rows or {}
 
     def __repr__(self) -> str:
         names = ", ".join(self.expert_names)
@@ -50,6 +56,36 @@ class Model:
     def expert_names(self) -> list[str]:
         """In the order of the router's rows, the anchor's first; empty for a dense model."""
         return self.card.expert_names
+
+    def row_set(self, experts: Names | None = None) -> RowSet | None:
+        """Return the router rows that an answer with these experts uses (None for all); None if none were ever tuned.
+
+        ``RowSet.depends_on`` says whether an expert has shaped them.
+        """
+        excluded = () if experts is None else [name for name in self.expert_names if name not in experts]
+        return choose(self.card.row_sets, excluded, self.rows)
+
+    def rows_used(self, experts: Names | None = None) -> str:
+        """Say which router rows these are and, where experts are left out, what guarantee holds: "untuned (strict)".
+
+        strict: nothing that was derived from the left-out owners' data remains; expert-only: the experts are gone, but
+        have shaped the rows. Empty if the router was never tuned.
+        """
+        excluded = () if experts is None else [name for name in self.expert_names if name not in experts]
+        return describe_choice(self.row_set(experts), excluded)
+
+    def by_rows(self, allowed_bE: Tensor | None, batch_size: int) -> list[tuple[Rows | None, list[int]]]:
+        """Group the sequences of a batch by the router rows that each must use, for ``access.using_rows``."""
+        if allowed_bE is None or not self.card.row_sets:
+            chosen = [self.row_set()] * batch_size
+        else:
+            names = self.expert_names
+            chosen = [self.row_set([names[index] for index in allowed_E.nonzero().flatten().tolist()])
+                      for allowed_E in allowed_bE]
+        groups: dict[str, list[int]] = {}
+        for sequence, rows in enumerate(chosen):
+            groups.setdefault(rows.name if rows else "", []).append(sequence)
+        return [(self._other_rows.get(name), members) for name, members in groups.items()]
 
     def experts_without(self, *names: str) -> list[str]:
         """Return the names of all experts but these, as ``logits`` and ``generate`` take them.
@@ -97,9 +133,17 @@ class Model:
         """
         tokens_bs = check_tokens(tokens, self.config).to(self.device)
         allowed_bE = allowed_experts(experts, self.expert_names, len(tokens_bs))
-        parts = tokens_bs.split(1 if exact else len(tokens_bs))
-        masks = [None] * len(parts) if allowed_bE is None else allowed_bE.split(len(parts[0]))
-        return torch.cat([self._forward(part_bs, mask_bE) for part_bs, mask_bE in zip(parts, masks, strict=True)])
+        logits_bsV = torch.empty(0)
+        for rows, members in self.by_rows(allowed_bE, len(tokens_bs)):
+            with using_rows(self.module, rows):
+                for part in torch.tensor(members).split(1 if exact else len(members)):
+                    part_bsV = self._forward(tokens_bs[part], None if allowed_bE is None else allowed_bE[part])
+                    if len(part) == len(tokens_bs):
+                        return part_bsV
+                    if not len(logits_bsV):
+                        logits_bsV = part_bsV.new_empty(len(tokens_bs), *part_bsV.shape[1:])
+                    logits_bsV[part] = part_bsV
+        return logits_bsV
 
     def _forward(self, tokens_bs: Tensor, allowed_bE: Tensor | None) -> Tensor:
         positions_bs = torch.arange(tokens_bs.shape[1], device=self.device).expand_as(tokens_bs)
@@ -165,7 +209,7 @@ def check_tokens(tokens: Any, config: ModelConfig) -> Tensor:
 
 
 def load_model(path: str | os.PathLike, dtype: torch.dtype = torch.float32, *,
-               anchor: str | os.PathLike | None = None) -> Model:
+               anchor: str | os.PathLike | None = None, rows: Choice = "strict") -> Model:
     """Load a model onto this process's GPU, or without one onto the CPU.
 
     Without CUDA this puts stand-ins for ``torch.cuda`` into torch and Megatron, for the rest of the process; see
@@ -189,8 +233,22 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype = torch.float32, *,
     from flexolmo_megatron.model.weights import load_weights
 
     card = lazy.card
+    choose(card.row_sets, (), rows)  # refuses another word
     config = transformer_config(card.model, card.kind, dtype=dtype, perform_initialization=False)
     module = build_model(card.model, card.kind, config, spec=block_spec(card.kind, config, TorchSpecProvider()))
     load_weights(module, lazy)
     module.requires_grad_(False)
-    return Model(module.to(local_device()).eval(), card, local_device())
+    other_rows = {name: _rows(card.model, tensors, dtype) for name, tensors in lazy.other_rows.items()}
+    return Model(module.to(local_device()).eval(), card, local_device(), rows, other_rows)
+
+
+def _rows(config: ModelConfig, tensors: dict[str, LazyTensor], dtype: torch.dtype) -> Rows:
+    """Read one set of router rows and biases."""
+    from flexolmo_megatron.runtime.setup import local_device
+
+    rows: Rows = []
+    for layer in range(config.num_layers):
+        bias = tensors.get(f"model.layers.{layer}.mlp.gate.bias")
+        weight = tensors[f"model.layers.{layer}.mlp.gate.weight"].read()
+        rows.append((weight.to(local_device(), dtype), None if bias is None else bias.read().to(local_device())))
+    return rows

@@ -1,4 +1,4 @@
-"""Freezing everything that came from the anchor, before DDP and optimizer see the model.
+"""Freezing everything that came from the anchor, or all but the router, before DDP and optimizer see the model.
 
 Megatron's DistributedDataParallel and optimizer pass over parameters that need no gradient, so a frozen one has no
 gradient buffer and no optimizer state, and its linear layers compute input gradients only (LinearWithFrozenWeight).
@@ -13,6 +13,8 @@ from torch import nn
 
 TRAINED_BY_OWNER = re.compile(r"(^|\.)mlp\.(expert\..*|router\.(row|bias))$")
 """Names, within a pair model, of what an owner trains; everything else is the anchor's."""
+ROUTER = re.compile(r"(^|\.)mlp\.router\.(weight|bias)$")
+"""Names, within a merged model, of router rows and biases."""
 
 
 def freeze_anchor(model: nn.Module) -> None:
@@ -21,12 +23,25 @@ def freeze_anchor(model: nn.Module) -> None:
     Raises:
         ValueError: the model has none of these.
     """
+    _train_only(model, TRAINED_BY_OWNER, "not a pair model: no parameter of an owner's expert was found")
+
+
+def freeze_all_but_router(model: nn.Module) -> None:
+    """Let only the router rows and biases of a merged model train.
+
+    Raises:
+        ValueError: the model has none of these.
+    """
+    _train_only(model, ROUTER, "not a merged model: no router was found")
+
+
+def _train_only(model: nn.Module, names: re.Pattern[str], otherwise: str) -> None:
     trained = 0
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(TRAINED_BY_OWNER.search(name) is not None)
+        parameter.requires_grad_(names.search(name) is not None)
         trained += parameter.requires_grad
     if not trained:
-        raise ValueError("not a pair model: no parameter of an owner's expert was found")
+        raise ValueError(otherwise)
 
 
 def frozen_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -1,5 +1,6 @@
 """The training loop: Megatron's schedule, optimizer and DDP around the model that ``start`` built."""
 
+import gc
 import signal
 import time
 import warnings
@@ -32,10 +33,11 @@ from flexolmo_megatron.training.freezing import frozen_fingerprint
 from flexolmo_megatron.training.memory import memory_report
 from flexolmo_megatron.training.optimization import apply_gradients, build_optimizer, build_scheduler, gradient_norm
 from flexolmo_megatron.training.resume import check_same_card
+from flexolmo_megatron.training.router_run import row_set_runs, write_tuned_model
 from flexolmo_megatron.training.run_folder import check_folder, claim
 from flexolmo_megatron.training.run_log import RunLog
 from flexolmo_megatron.training.signals import REQUEUE_FILE, StopSignals
-from flexolmo_megatron.training.start import Mode, Start, plan, start
+from flexolmo_megatron.training.start import Mode, Plan, Start, plan, start
 from flexolmo_megatron.training.tokenizer import load_tokenizer
 
 
@@ -43,7 +45,7 @@ def train(mode: Mode, config: TrainConfig) -> Path:
     """Run, or resume, a training run; called by all processes of the launch.
 
     Args:
-        mode: anchor (a new dense model), expert (an owner's), dense or moe (baselines: joint training).
+        mode: anchor (a new dense model), expert (an owner's), dense or moe (baselines: joint training), router.
         config: everything else; saved as ``config.yaml`` in the run's folder.
 
     Returns:
@@ -64,20 +66,46 @@ def train(mode: Mode, config: TrainConfig) -> Path:
         expert_tensor_parallel=config.parallel.expert_tensor,
         seed=config.seed,
     )
-    run = Path(config.out)
     with StopSignals() as signals:
-        on_first_rank(lambda: check_folder(run, mode, config))
-        begun = together(lambda: start(planned, config))
-        datasets = _datasets(config, run, begun)
-        state = together(lambda: _training_state(config, begun))
-        found = checkpoint.find_intact(run, config.checkpoint_hash)
-        if found.path is not None:
-            on_first_rank(lambda: check_same_card(found.path, begun.card))
-            checkpoint.load(found.path, state)
-        on_first_rank(lambda: claim(run, mode, config, found))
-        if found.path is not None:
-            _say(f"resuming from {found.path} at step {state.step}")
-        return _Run(mode, config, run, begun, datasets, state, signals).train()
+        return (_tune_router if mode == "router" else _train)(mode, config, planned, signals)
+
+
+def _train(mode: Mode, config: TrainConfig, planned: Plan, signals: StopSignals) -> Path:
+    run = Path(config.out)
+    on_first_rank(lambda: check_folder(run, mode, config))
+    begun = together(lambda: start(planned, config))
+    datasets = _datasets(config, run, begun)
+    state = together(lambda: _training_state(config, begun))
+    found = checkpoint.find_intact(run, config.checkpoint_hash)
+    if found.path is not None:
+        on_first_rank(lambda: check_same_card(found.path, begun.card))
+        checkpoint.load(found.path, state)
+    on_first_rank(lambda: claim(run, mode, config, found))
+    if found.path is not None:
+        _say(f"resuming from {found.path} at step {state.step}")
+    return _Run(mode, config, run, begun, datasets, state, signals).train()
+
+
+def _tune_router(mode: Mode, config: TrainConfig, planned: Plan, signals: StopSignals) -> Path:
+    """Tune each set of rows that is wanted, then write the tuned model."""
+    run, left, checkpoints = Path(config.out), config.stop_after, []
+    for part in row_set_runs(config, planned):
+        if left == 0:
+            return checkpoints[-1]
+        _say(f"router rows {part.plan.card.row_sets[0].name!r}, in {part.config.out}")
+        before = part.steps
+        try:
+            checkpoints.append(_train(mode, replace(part.config, stop_after=left), part.plan, signals))
+        except StopRequested:
+            mark = Path(part.config.out, REQUEUE_FILE)
+            on_first_rank(lambda mark=mark: (run / REQUEUE_FILE).write_text(mark.read_text()) and None)
+            raise
+        gc.collect()  # modules and their hooks refer to one another
+        left = left and left - (part.steps - before)
+        if part.steps < config.train_iters:
+            return checkpoints[-1]
+    _say(on_first_rank(lambda: write_tuned_model(planned.source, checkpoints, run)))
+    return checkpoints[0]
 
 
 def _say(text: str) -> None:
@@ -101,19 +129,21 @@ def _datasets(config: TrainConfig, run: Path, begun: Start) -> Datasets:
 
 
 def _blend(config: TrainConfig) -> list[str | float]:
-    """The owner's data and its share of public data as one weighted blend, the owner's prefixes first."""
-    prefixes, weights = parse_blend(config.data.train, "data.train")
-    if not config.data.public:
-        return config.data.train
-    public, public_weights = parse_blend(config.data.public, "data.public")
+    """All that is read as one weighted blend, data.train first: of an owner's run with its share of public data, of
+    router tuning with equal shares of public data and of each owner's proxies."""
+    data = config.data
+    sources = [("data.train", data.train, 1 - data.public_share)]
+    if data.public:
+        sources.append(("data.public", data.public, data.public_share))
+    sources += [(f"data.proxies.{name}", prefixes, 1.0) for name, prefixes in data.proxies.items()]
+    if len(sources) == 1:
+        return data.train
     blend: list[str | float] = []
-    for names, given, share in (
-        (prefixes, weights, 1 - config.data.public_share),
-        (public, public_weights, config.data.public_share),
-    ):
-        given = given or [1.0] * len(names)
-        for name, weight in zip(names, given, strict=True):
-            blend += [share * weight / sum(given), name]
+    for what, source, share in sources:
+        prefixes, weights = parse_blend(source, what)
+        weights = weights or [1.0] * len(prefixes)
+        for prefix, weight in zip(prefixes, weights, strict=True):
+            blend += [share * weight / sum(weights) / sum(share for *_, share in sources), prefix]
     return blend
 
 
@@ -404,3 +434,6 @@ class _Run:
             raise RuntimeError(f"a frozen parameter has changed on rank {torch.distributed.get_rank()}")
         if self.mode == "expert" and self.card.kind == "pair":
             _say(f"frozen parameters unchanged, bit by bit; anchor digest {self.card.anchor_digest}")
+        if self.mode == "router":
+            digest = self.card.merged_digest
+            _say(f"all but router rows and biases unchanged, bit by bit; merged model's digest {digest}")

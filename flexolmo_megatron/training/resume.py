@@ -20,6 +20,8 @@ def check_same_card(checkpoint: Path, card: ModelCard) -> None:
         ("architecture", saved.model, card.model),
         ("experts", saved.expert_names, card.expert_names),
         ("anchor digest", saved.anchor_digest, card.anchor_digest),
+        ("merged model's digest", saved.merged_digest, card.merged_digest),
+        ("row set", *([(s.name, s.experts, s.proxies) for s in sets] for sets in (saved.row_sets, card.row_sets))),
     ):
         if before != now:
             raise FlexOlmoError(

@@ -68,7 +68,7 @@ def _check_same_samples(before: TrainConfig, now: TrainConfig) -> None:
             raise FlexOlmoError(
                 f"{name} = {new}: the run in {now.out} began with {old} and can only be resumed with that"
             )
-    for name in ("train", "public", "public_share", "seq_length"):
+    for name in ("train", "public", "public_share", "proxies", "seq_length"):
         old, new = getattr(before.data, name), getattr(now.data, name)
         if old != new:
             raise FlexOlmoError(

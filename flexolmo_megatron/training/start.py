@@ -31,27 +31,12 @@ from flexolmo_megatron.runtime.ranks import on_first_rank
 from flexolmo_megatron.runtime.setup import local_device
 from flexolmo_megatron.training.dataset_info import common_tokenizer
 from flexolmo_megatron.training.datasets import parse_blend
-from flexolmo_megatron.training.freezing import freeze_anchor
+from flexolmo_megatron.training.freezing import freeze_all_but_router, freeze_anchor
+from flexolmo_megatron.training.router_run import plan_router, switch_off
+from flexolmo_megatron.training.run_plan import Plan
 
-Mode = Literal["anchor", "expert", "dense", "moe"]
-MODES: tuple[Mode, ...] = ("anchor", "expert", "dense", "moe")
-
-
-@dataclass
-class Plan:
-    """What a run will train: known before any process group exists, and before any tensor is read."""
-
-    card: ModelCard
-    """What the run's checkpoints will hold; of an owner's run still without digest and provenance of the row."""
-    source: LazyModel
-    """Where the weights come from; of an owner's pair, the anchor."""
-    anchor: LazyModel | None = None
-    """The published anchor of an owner's run."""
-
-    @property
-    def anchor_ffn_hidden_size(self) -> int | None:
-        """Width of the frozen FFN of a pair."""
-        return self.anchor.card.model.ffn_hidden_size if self.anchor and self.card.kind == "pair" else None
+Mode = Literal["anchor", "expert", "dense", "moe", "router"]
+MODES: tuple[Mode, ...] = ("anchor", "expert", "dense", "moe", "router")
 
 
 @dataclass
@@ -78,15 +63,21 @@ def plan(mode: Mode, config: TrainConfig, world_size: int) -> Plan:
     """
     data_parallel = data_parallel_size(config.parallel, world_size)
     config.validate(data_parallel)
-    planned = plan_expert(config) if mode == "expert" else _plan_other(mode, config)
+    if mode != "router" and (config.merged or config.data.proxies or config.leave_one_out):
+        raise FlexOlmoError(
+            f"merged, data.proxies and leave_one_out are options of `train router`: expected none of them for "
+            f"`train {mode}`"
+        )
+    planners = {"expert": plan_expert, "router": plan_router}
+    planned = planners[mode](config) if mode in planners else _plan_other(mode, config)
     if config.data.seq_length > planned.card.model.max_position_embeddings:
         raise FlexOlmoError(
             f"data.seq_length = {config.data.seq_length}: expected at most model.max_position_embeddings = "
             f"{planned.card.model.max_position_embeddings}"
         )
     check_layout(
-        planned.card.model,
-        planned.card.kind,
+        planned.built.model,
+        planned.built.kind,
         config.parallel,
         world_size=world_size,
         seq_length=config.data.seq_length,
@@ -249,8 +240,12 @@ def fill_pair(chunks: list[GPTModel], anchor: LazyModel, rows: torch.Tensor) -> 
 
 
 def _filled(config: TrainConfig, planned: Plan) -> list[DistributedDataParallel]:
-    chunks = _build(config, planned.card)
+    chunks = _build(config, planned.built)
     load_weights(chunks, planned.source)
+    if planned.card.kind == "router":
+        for chunk in chunks:
+            freeze_all_but_router(chunk)
+            switch_off(chunk, planned.source.card.expert_names, planned.card.row_sets[0])
     return _wrap(config, chunks)
 
 
