@@ -149,6 +149,12 @@ def _expert_problems(kind: Kind, parallel: ParallelConfig) -> Iterator[str]:
             f"parallel.moe_token_dispatcher_type = {parallel.moe_token_dispatcher_type!r}: expected one of "
             f"{', '.join(DISPATCHERS)}"
         )
+    if parallel.expert == 1 and parallel.expert_tensor not in (None, parallel.tensor):
+        # Megatron sums an expert's gradients over the right processes only where parallel.expert is above 1.
+        yield (
+            f"parallel.expert_tensor = {parallel.expert_tensor} with parallel.expert = 1: expected no value, or "
+            f"parallel.tensor = {parallel.tensor}"
+        )
 
 
 def split_problems(

@@ -82,7 +82,7 @@ class ParallelConfig:
     expert: int = 1
     """Processes that share each layer's experts (moe only)."""
     expert_tensor: int | None = None
-    """Processes that share each expert's matrices (moe only); by default tensor."""
+    """Processes that share each expert's matrices (moe with expert > 1 only); by default tensor."""
     sequence: bool = False
     """Split activations between matrices along the sequence (needs tensor > 1)."""
     moe_token_dispatcher_type: str = "alltoall"

@@ -130,7 +130,14 @@ def _runs_on(recipe: Recipe, chip: Chip) -> bool:
     return fits and Version(chip.cuda) >= Version(recipe.cuda)
 
 
-def check_sizes(recipe: str, model: ModelConfig, tokens: int, tensor_parallel: int = 1, anchor_ffn: int = 0) -> None:
+def check_sizes(
+    recipe: str,
+    model: ModelConfig,
+    tokens: int,
+    tensor_parallel: int = 1,
+    anchor_ffn: int = 0,
+    ffn_parallel: int | None = None,
+) -> None:
     """Check that every matrix product of the layers has dimensions that FP8 units can take.
 
     Args:
@@ -139,16 +146,16 @@ def check_sizes(recipe: str, model: ModelConfig, tokens: int, tensor_parallel: i
         tokens: in a microbatch, on one process.
         tensor_parallel: processes that share each matrix.
         anchor_ffn: of a pair, inner width of the anchor's FFN where it is another than the owner's.
+        ffn_parallel: processes that share each FFN matrix; None for as many as ``tensor_parallel``.
 
     Raises:
         FlexOlmoError: a dimension is not a multiple of what the recipe needs.
     """
-    multiple, shared = RECIPES[recipe].multiple, f" / {tensor_parallel} processes" if tensor_parallel > 1 else ""
-    head = model.head_dim
+    multiple, head = RECIPES[recipe].multiple, model.head_dim
     sizes = {
         "model.hidden_size": (model.hidden_size, 1),
-        "model.ffn_hidden_size": (model.ffn_hidden_size, tensor_parallel),
-        "the anchor's ffn_hidden_size": (anchor_ffn or model.ffn_hidden_size, tensor_parallel),
+        "model.ffn_hidden_size": (model.ffn_hidden_size, ffn_parallel or tensor_parallel),
+        "the anchor's ffn_hidden_size": (anchor_ffn, tensor_parallel),
         "model.num_attention_heads * head_dim": (model.num_attention_heads * head, tensor_parallel),
         "query, key and value projections together": (
             (model.num_attention_heads + 2 * model.num_query_groups) * head,
@@ -158,9 +165,8 @@ def check_sizes(recipe: str, model: ModelConfig, tokens: int, tensor_parallel: i
     }
     for name, (size, split) in sizes.items():
         if size % (multiple * split):
-            raise FlexOlmoError(
-                f"fp8.recipe = {recipe}: {name} = {size}{shared if split > 1 else ''} is not a multiple of {multiple}"
-            )
+            shared = f" / {split} processes" if split > 1 else ""
+            raise FlexOlmoError(f"fp8.recipe = {recipe}: {name} = {size}{shared} is not a multiple of {multiple}")
 
 
 def fp8_settings(recipe: str | None) -> dict[str, Any]:
