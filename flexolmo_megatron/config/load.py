@@ -1,9 +1,10 @@
 """Reading a run's configuration: defaults, then a preset, then YAML files, then dotted overrides."""
 
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -29,7 +30,7 @@ def load_config(
         schema: a dataclass with defaults.
         preset: name of a file in ``config/presets``.
         paths: YAML files.
-        overrides: ``dotted.key=value`` strings, the value in YAML.
+        overrides: ``dotted.key=value`` strings, see ``parse_override``.
 
     Raises:
         FlexOlmoError: an unknown key (the nearest valid one is offered), a value of a wrong type, a required value
@@ -54,14 +55,7 @@ def load_config(
             raise FlexOlmoError(f"{path}: expected a mapping of options at the top")
         config = _merge(config, loaded, path)
     for override in overrides:
-        key, separator, _ = override.partition("=")
-        if not separator or not key:
-            raise FlexOlmoError(f"{override!r}: expected an override of the form key=value")
-        try:
-            parsed = OmegaConf.from_dotlist([override])
-        except Exception as error:
-            raise FlexOlmoError(f"{override!r} is not a valid override: {' '.join(str(error).split())}") from error
-        config = _merge(config, parsed, "the command line")
+        config = _merge(config, parse_override(schema, override), "the command line")
     try:
         return OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
@@ -70,6 +64,32 @@ def load_config(
         ) from None
     except OmegaConfBaseException as error:  # a reference ${…} to nothing
         raise FlexOlmoError(_reason("the options", error)) from None
+
+
+def parse_override(schema: type, override: str) -> DictConfig:
+    """Read one ``dotted.key=value``.
+
+    Where ``schema`` has text at the key, the value is taken as it stands: 007, no, "a #b" and quotation marks are what
+    they are, so that scripts need to quote for the shell alone. Only null, where no value is allowed, means none. All
+    other values are YAML.
+
+    Raises:
+        FlexOlmoError: there is no key or no ``=``, or the value is not YAML.
+    """
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise FlexOlmoError(f"{override!r}: expected an override of the form key=value")
+    hint: Any = schema
+    for name in key.split("."):
+        hint = get_type_hints(hint).get(name) if is_dataclass(hint) else None
+    if value and (hint is str or (hint == str | None and value != "null")):
+        parsed = OmegaConf.create()
+        OmegaConf.update(parsed, key, value)
+        return parsed
+    try:
+        return OmegaConf.from_dotlist([override])
+    except Exception as error:  # yaml raises a family of errors that share no base with OmegaConf's
+        raise FlexOlmoError(f"{override!r} is not a valid override: {' '.join(str(error).split())}") from error
 
 
 def _merge(config: DictConfig, values: DictConfig, where: str) -> DictConfig:
@@ -86,8 +106,6 @@ def _reason(where: str, error: OmegaConfBaseException) -> str:
 
 def _reject_unknown(config: Any, values: DictConfig, where: str, prefix: str) -> None:
     """Raise for the first key of ``values`` that ``config`` does not have, offering the nearest one."""
-    if OmegaConf.get_type(config) is dict:  # a mapping of names that the user chooses
-        return
     for key in values:
         full_key = f"{prefix}{key}"
         try:

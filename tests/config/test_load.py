@@ -33,11 +33,21 @@ def test_saved_and_read_again(tmp_path):
 
 
 def test_the_presets():
-    assert preset_names() == ["7b-pair", "tiny"]
+    assert preset_names() == ["37b", "7b-pair", "tiny"]
     large = load_config(TrainConfig, preset="7b-pair", overrides=NEEDED)
     large.validate(data_parallel=1)
     # 50 B tokens in batches of 1,024 x 4,096, as in section 4.1 of the paper.
     assert large.train_iters == round(50e9 / (large.global_batch_size * large.data.seq_length))
+
+
+def test_text_is_taken_as_it_stands():
+    odd = ["out=/tmp/a #b", "anchor='x': [y]", "expert.name=007", "data.cache=no", "optimizer.lr_decay_style=1e3"]
+    config = load_config(TrainConfig, overrides=[*odd, "data.train=[007, no, 'c d']", "seed=0x10"])
+    assert (config.out, config.anchor, config.expert.name) == ("/tmp/a #b", "'x': [y]", "007")
+    assert (config.data.cache, config.optimizer.lr_decay_style) == ("no", "1e3")
+    assert config.data.train == ["7", "False", "c d"] and config.seed == 16  # all else is YAML
+    assert load_config(TrainConfig, overrides=[*NEEDED, "anchor=null", "expert.name=null"]).anchor is None
+    assert load_config(TrainConfig, overrides=[*NEEDED, "expert.name=null"]).expert.name == "null"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +138,7 @@ def test_bad_files(tmp_path):
 
 def test_an_unknown_preset():
     with pytest.raises(
-        FlexOlmoError, match=r"unknown preset 'tinny' \(did you mean 'tiny'\?\); there are 7b-pair, tiny"
+        FlexOlmoError, match=r"unknown preset 'tinny' \(did you mean 'tiny'\?\); there are 37b, 7b-pair, tiny"
     ):
         load_config(TrainConfig, preset="tinny")
 
