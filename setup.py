@@ -22,6 +22,8 @@ setup(
         "packaging",
         "psutil>=5.9",  # dist_checkpointing hangs on save without it
         "pyarrow>=15",
+        "scikit-learn>=1.5,<2",  # these two for flexolmo proxy
+        "datasketch>=2,<3",
         "tqdm>=4.66",
         "rich>=13",
         "matplotlib>=3.8",

@@ -218,6 +218,31 @@ def plot_curves(runs: Mapping[str, Mapping[int, Mapping[str, float]]], path: str
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
 
 
+def plot_scores(histogram: Mapping[str, Sequence[float]], path: str | os.PathLike) -> None:
+    """Draw how a proxy classifier's scores of public documents, of the proxies among them and of the owner's spread.
+
+    Args:
+        histogram: the edges of the bins, and for ``public``, ``proxies`` and ``owner_held_out`` the number of documents
+            in each.
+        path: of the PNG file.
+    """
+    edges = histogram["edges"]
+    labels = {"public": "public", "proxies": "proxies, of the public ones", "owner_held_out": "owner's, held out"}
+    with _figure(path, 1, 1, 7.5, 4) as (figure, axes):
+        axis: Axes = axes[0, 0]
+        for key, colour in zip(labels, (_GREY, _COLOURS[0], _COLOURS[1]), strict=True):
+            axis.stairs(histogram[key], edges, fill=key != "owner_held_out", color=colour, label=labels[key],
+                        linewidth=2, alpha=0.9)
+        axis.set_yscale("log")
+        axis.set_ylim(bottom=0.7)
+        axis.axvline(0, color="black", linewidth=0.8, linestyle=":")
+        axis.set_xlabel("score: log-odds of being the owner's (more extreme ones are in the outermost bins)")
+        axis.set_ylabel("documents")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title("What the proxy classifier says of documents", fontsize=11)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+
+
 def _series(steps: Mapping[int, Mapping[str, float]], key: str) -> tuple[Sequence[int], Sequence[float]]:
     found = {step: record[key] for step, record in steps.items() if record.get(key) is not None}
     return list(found), list(found.values())

@@ -1,0 +1,311 @@
+"""Proxy data: the public documents that look most like an owner's, on which a coordinator may tune the router.
+
+A classifier learns to tell a sample of the owner's documents from public ones, scores every public document, and the
+best are taken up to a token budget, without what is a copy or near-copy of any document of the owner. What is written
+holds public text and counts alone. It does tell what kind of documents the owner has: that is its purpose. Whoever has
+the same public corpus may guess from a high-scoring document that is missing that the owner has a copy of it.
+
+A public document in the sample has been an example of "not the owner's", so it scores somewhat lower than if it had
+not: of consequence only where the sample is most of the public corpus.
+
+Source: arXiv 2507.07024, section 3.3.2.
+"""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexolmo_megatron.domain.proxy_classifier import (
+    LINEAR,
+    Classifier,
+    LinearClassifier,
+    load_classifier,
+    measure,
+    split_documents,
+)
+from flexolmo_megatron.domain.proxy_duplicates import (
+    DEFAULT_JACCARD,
+    PERMUTATIONS,
+    SHINGLE_WORDS,
+    DuplicateIndex,
+    Signatures,
+    join_signatures,
+    signatures,
+)
+from flexolmo_megatron.domain.proxy_pool import Chunk, read_chunks, work
+from flexolmo_megatron.domain.proxy_selection import Selection, select
+from flexolmo_megatron.domain.proxy_state import ProxyState, Scores, as_counter, counter_arrays, file_identity
+from flexolmo_megatron.domain.sample import reservoir_sample
+from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.evaluation.plots import plot_scores
+from flexolmo_megatron.files import atomic_directory, write_json
+from flexolmo_megatron.training.documents import (
+    DEFAULT_MAX_BAD,
+    Bad,
+    BadDocuments,
+    find_files,
+    parse_record,
+    read_records,
+)
+from flexolmo_megatron.training.progress import DocumentProgress
+from flexolmo_megatron.training.tokenizer import load_tokenizer
+
+DEFAULT_DOCUMENTS = 50_000
+"""Of each side to train on. The paper takes 250,000; the linear classifier needs about 20 kB of memory for each."""
+FORMAT_VERSION = 1
+PROXIES, REPORT, HISTOGRAM = "proxies.jsonl", "report.json", "scores.png"
+_EDGES = np.arange(-15.0, 15.5, 0.5)
+
+
+@dataclass(frozen=True)
+class ProxyOptions:
+    """How proxies are chosen."""
+
+    tokens: int
+    """Budget: the proxies have at most this many tokens."""
+    tokenizer: dict[str, str]
+    """That counts them."""
+    classifier: str = LINEAR
+    """``linear``, or the name or folder of a transformers model."""
+    documents: int = DEFAULT_DOCUMENTS
+    """Documents of each side that are sampled for the classifier; all where there are fewer."""
+    seed: int = 0
+    jaccard: float = DEFAULT_JACCARD
+    """Similarity from which a public document is a near-copy of one of the owner's."""
+    workers: int = 1
+    """Processes; they do not change the result."""
+    text_key: str = "text"
+    max_bad: int = DEFAULT_MAX_BAD
+    """Unusable documents on either side that are skipped before the run stops."""
+    learning_rate: float = 3e-6
+    """The paper's, for arctic-embed-xs. This and the following are for a transformers model alone."""
+    epochs: int = 1
+    batch_size: int = 32
+    """Documents of a training step, and of a batch that is scored."""
+    max_tokens: int = 512
+    """Of a document that the model reads."""
+
+    def check(self) -> None:
+        """Raise FlexOlmoError if a value is out of range."""
+        for key, smallest in (("tokens", 1), ("documents", 1), ("seed", 0), ("workers", 1), ("max_bad", 0),
+                              ("epochs", 1), ("batch_size", 1), ("max_tokens", 1)):
+            if getattr(self, key) < smallest:
+                raise FlexOlmoError(f"--{key.replace('_', '-')} {getattr(self, key)}: expected a number of at least "
+                                    f"{smallest}")
+        if not 0 < self.learning_rate < np.inf:
+            raise FlexOlmoError(f"--lr {self.learning_rate}: expected a number above 0")
+        if not 0 < self.jaccard <= 1:
+            raise FlexOlmoError(f"--jaccard {self.jaccard}: expected a number above 0, at most 1")
+
+
+@dataclass
+class ProxyResult:
+    """What a run did, beyond its report."""
+
+    report: dict[str, Any]
+    scored: int
+    """Documents scored by this start, the rest by earlier ones."""
+    seconds: float
+    """That scoring them took."""
+    workers: int
+    """Processes that scored."""
+
+
+def select_proxies(owner: Sequence[str], public: Sequence[str], out: str | os.PathLike,
+                   options: ProxyOptions) -> ProxyResult:
+    """Write the folder ``out`` with proxies.jsonl, report.json and scores.png.
+
+    A run that was stopped goes on where it was, if it is started with the same arguments: ``OUT.state`` holds which
+    public files are scored, and goes when ``out`` is complete.
+
+    Args:
+        owner: JSONL and Parquet files, and patterns of such, with the owner's documents.
+        public: the same for public ones.
+        out: new folder, created whole or not at all.
+        options: see there.
+
+    Raises:
+        FlexOlmoError: bad input or options, a classifier that cannot be loaded, or nothing to select.
+    """
+    options.check()
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FlexOlmoError(f"{out} already exists; name a new directory or remove it first")
+    load_tokenizer(options.tokenizer)
+    owner_files, public_files = find_files(owner), find_files(public)
+    both = {path.resolve() for path in owner_files} & {path.resolve() for path in public_files}
+    if both:
+        raise FlexOlmoError(f"{min(both)} is named both as the owner's and as public: expected different files")
+    state = ProxyState(out, _plan(owner_files, public_files, options))
+    known, owner_skipped = _owner_signatures(state, owner_files, options)
+    quality = state.quality()
+    if quality is None:
+        quality = _train(state, owner_files, public_files, options)
+    scored, seconds, scoring_workers = _score(state, public_files, options)
+    scores = state.scores(public_files)
+    skipped = {"owner": owner_skipped, "public": sum((one.bad for one in scores), Counter())}
+    with atomic_directory(out) as folder:
+        selection = select(public_files, scores, DuplicateIndex(known, options.jaccard), budget=options.tokens,
+                           tokenizer=options.tokenizer, text_key=options.text_key, workers=options.workers,
+                           spool=state.spool, out=folder / PROXIES)
+        logits = np.concatenate([one.logits for one in scores])
+        report = _report(options, len(known.exact), logits, selection, quality, skipped)
+        write_json(folder / REPORT, report)
+        plot_scores(report["histogram"], folder / HISTOGRAM)
+    state.remove()
+    return ProxyResult(report, scored, seconds, scoring_workers)
+
+
+def _plan(owner_files: list[Path], public_files: list[Path], options: ProxyOptions) -> dict[str, Any]:
+    keys = ["classifier", "documents", "seed", "text_key"]
+    if options.classifier != LINEAR:
+        keys += ["learning_rate", "epochs", "batch_size", "max_tokens"]
+    return {"version": FORMAT_VERSION, **{key: getattr(options, key) for key in keys},
+            "owner files": [file_identity(path) for path in owner_files],
+            "public files": [file_identity(path) for path in public_files]}
+
+
+def _make_signer(text_key: str) -> Callable[[Chunk], tuple[Signatures, list[Bad]]]:
+    def sign(chunk: Chunk) -> tuple[Signatures, list[Bad]]:
+        _, texts, bad = chunk.parse(text_key)
+        return signatures(texts), bad
+
+    return sign
+
+
+def _owner_signatures(state: ProxyState, files: list[Path],
+                      options: ProxyOptions) -> tuple[Signatures, Counter[str]]:
+    """Signatures of all the owner's documents, and how many of them are unusable, by kind."""
+    kept = state.arrays("owner")
+    if kept is None:
+        found, bad = _sign(files, options)
+        state.save_arrays("owner", **found._asdict(), **counter_arrays(bad))
+        return found, bad
+    return Signatures(kept["exact"], kept["minhash"]), as_counter(kept)
+
+
+def _sign(files: list[Path], options: ProxyOptions) -> tuple[Signatures, Counter[str]]:
+    parts = []
+    skipped = BadDocuments(options.max_bad)
+    with DocumentProgress() as progress:
+        for _, (found, bad) in work(read_chunks(enumerate(files), options.text_key), _make_signer, options.text_key,
+                                    options.workers):
+            parts.append(found)
+            for item in bad:
+                skipped.add(item)
+            progress.add(len(found.exact), 0)
+    return join_signatures(parts), skipped.counts
+
+
+def _sample(files: list[Path], options: ProxyOptions) -> list[str]:
+    """A uniform sample of documents. Those that are unusable are left out here, and counted elsewhere."""
+
+    def records() -> Iterator[tuple[Path, int, bytes | None]]:
+        for path in files:
+            for line, raw in read_records(path, options.text_key):
+                yield path, line, raw
+
+    # Records instead of texts, because parsing is most of the cost of reading a corpus.
+    chosen = reservoir_sample(records(), options.documents, options.seed)
+    parsed = (parse_record(path, line, raw, options.text_key) for path, line, raw in chosen)
+    return [text for text in parsed if not isinstance(text, Bad)]
+
+
+def _train(state: ProxyState, owner_files: list[Path], public_files: list[Path],
+           options: ProxyOptions) -> dict[str, Any]:
+    """Train and keep the classifier; returns how good it is, and the held-out logits of the owner's documents."""
+    split = split_documents(_sample(owner_files, options), _sample(public_files, options), options.seed)
+    classifier: Classifier
+    if options.classifier == LINEAR:
+        classifier = LinearClassifier.train(split.train, split.train_labels, options.seed)
+    else:
+        from flexolmo_megatron.domain.proxy_encoder import EncoderClassifier
+
+        classifier = EncoderClassifier.train(
+            options.classifier, split.train, split.train_labels, seed=options.seed, epochs=options.epochs,
+            learning_rate=options.learning_rate, batch_size=options.batch_size, max_tokens=options.max_tokens)
+    logits = classifier.logits(split.held_out)
+    owner_trained = int(split.train_labels.sum())
+    quality = {
+        "classifier": classifier.describe(),
+        "trained_on": {"owner": owner_trained, "public": len(split.train) - owner_trained},
+        "held_out": asdict(measure(logits, split.held_out_labels)),
+        "held_out_owner_histogram": _histogram(logits[split.held_out_labels == 1]),
+    }
+    classifier.save(state.classifier_folder())
+    state.save_quality(quality)
+    return quality
+
+
+def _make_scorer(argument: tuple[str, Path, str]) -> Callable[[Chunk], tuple[Scores, list[Bad]]]:
+    name, folder, text_key = argument
+    classifier = load_classifier(name, folder)
+
+    def score(chunk: Chunk) -> tuple[Scores, list[Bad]]:
+        lines, texts, bad = chunk.parse(text_key)
+        logits = classifier.logits(texts) if texts else np.empty(0, np.float32)
+        sizes = np.array([len(text.encode()) for text in texts], np.int64)
+        return Scores(np.array(lines, np.int64), logits, sizes, Counter(item.kind for item in bad)), bad
+
+    return score
+
+
+def _score(state: ProxyState, files: list[Path], options: ProxyOptions) -> tuple[int, float, int]:
+    """Score the public files that are not yet; returns documents, seconds and processes."""
+    # A neural classifier uses the accelerator, or all processors, by itself.
+    workers = options.workers if options.classifier == LINEAR else 1
+    todo = [(file, path) for file, path in enumerate(files) if not state.is_scored(file)]
+    skipped = BadDocuments(options.max_bad)
+    parts: list[Scores] = []
+    argument = options.classifier, state.classifier_folder(), options.text_key
+    start = time.monotonic()
+    with DocumentProgress() as progress:
+        for chunk, (found, bad) in work(read_chunks(todo, options.text_key), _make_scorer, argument, workers):
+            progress.add(len(found.lines), int(found.sizes.sum()))
+            parts.append(found)
+            for item in bad:
+                skipped.add(item)
+            if chunk.last:
+                columns = [np.concatenate(column) for column in zip(*(part[:3] for part in parts), strict=True)]
+                state.save_scores(chunk.file, Scores(*columns, sum((part.bad for part in parts), Counter())))
+                parts = []
+        return progress.documents, time.monotonic() - start, workers
+
+
+def _histogram(logits: np.ndarray) -> list[int]:
+    return np.histogram(np.clip(logits, _EDGES[0], _EDGES[-1]), _EDGES)[0].tolist()
+
+
+def _report(options: ProxyOptions, owner_documents: int, logits: np.ndarray, selection: Selection,
+            quality: dict[str, Any], skipped: dict[str, Counter[str]]) -> dict[str, Any]:
+    """Counts alone: of the owner's documents, neither text nor names of files."""
+    chosen = logits[selection.documents]
+    return {
+        "format_version": FORMAT_VERSION,
+        "seed": options.seed,
+        "classifier": quality["classifier"],
+        "trained_on": quality["trained_on"],
+        "held_out": quality["held_out"],
+        "owner_documents": owner_documents,
+        "public_documents": len(logits),
+        "skipped": {side: dict(sorted(bad.items())) for side, bad in skipped.items()},
+        "duplicates": {
+            "jaccard": options.jaccard, "shingle_words": SHINGLE_WORDS, "permutations": PERMUTATIONS,
+            "copies_excluded": selection.copies, "near_copies_excluded": selection.near_copies,
+        },
+        "proxies": {
+            "documents": len(selection.documents), "tokens": selection.tokens, "text_bytes": selection.text_bytes,
+            "token_budget": options.tokens, "tokenizer": options.tokenizer, "exhausted": selection.exhausted,
+            "lowest_score": round(float(chosen.min()), 4), "median_score": round(float(np.median(chosen)), 4),
+        },
+        "histogram": {
+            "edges": _EDGES.tolist(), "public": _histogram(logits), "proxies": _histogram(chosen),
+            "owner_held_out": quality["held_out_owner_histogram"],
+        },
+    }
