@@ -83,7 +83,8 @@ def _register_inspect(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "inspect", help="what is in a checkpoint or package",
         description="Show kind, architecture, number of parameters, dtype and size, and every expert with where it "
-                    "came from. Reads headers only, unless --digest is given.")
+                    "came from; of a model whose router was tuned also on whom its router rows depend, and which "
+                    "guarantee holds where an expert is left out. Reads headers only, unless --digest is given.")
     parser.add_argument("path", metavar="PATH",
                         help="Megatron checkpoint, Hugging Face directory, training run or expert package")
     parser.add_argument("--digest", action="store_true",

@@ -14,9 +14,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from flexolmo_megatron.config.card import ModelCard
 from flexolmo_megatron.convert.huggingface import CONFIG_FILE
 from flexolmo_megatron.convert.lazy import LazyModel
 from flexolmo_megatron.convert.model import CHECKPOINTS, newest_checkpoint, open_model, total_bytes
+from flexolmo_megatron.convert.rows import choose
 from flexolmo_megatron.exchange.digest import DTYPE_NAMES, model_digest
 from flexolmo_megatron.exchange.manifest import MANIFEST_FILE
 from flexolmo_megatron.exchange.package import open_package
@@ -55,11 +57,28 @@ def _describe_model(path: Path, digest: bool, progress: Progress) -> dict[str, A
     result["architecture"] = asdict(model.card.model)
     result |= _sizes(model)
     result["experts"] = [asdict(expert) for expert in model.card.experts]
+    if model.card.row_sets:
+        result["row_sets"] = [asdict(rows) for rows in model.card.row_sets]
+        result["opt_out"] = _opt_outs(model.card)
     for field in ("chosen_top_k", "anchor_digest", "anchor_path", "tokenizer", "training"):
         result[field] = getattr(model.card, field)
     if digest:
         with progress(total_bytes(model)) as add:
             result["digest"] = model_digest(model, add)
+    return result
+
+
+def _opt_outs(card: ModelCard) -> dict[str, dict[str, Any]]:
+    """For each owner's expert that the model has, or that has left its mark on the rows, what leaving it out means."""
+    named = [name for rows in card.row_sets for name in (*rows.experts, *rows.proxies)]
+    result = {}
+    for name in dict.fromkeys([*card.expert_names[1:], *named]):
+        present = name in card.expert_names
+        chosen = choose(card.row_sets, [name]) if present else card.row_sets[0]
+        strict = [rows.name for rows in card.row_sets if not rows.depends_on([name])]
+        result[name] = {"in_model": present, "rows": chosen.name,
+                        "guarantee": "strict" if chosen.name in strict else "expert-only", "strict": strict,
+                        "expert_only": [rows.name for rows in card.row_sets if rows.depends_on([name])]}
     return result
 
 
@@ -103,14 +122,38 @@ def render(description: dict[str, Any]) -> Group:
         listing.add_column(column.replace("_", " "), overflow="fold")
     for expert in experts:
         listing.add_row(*(_shown(expert[column]) for column in columns))
-    return Group(table, Text(""), listing)
+    parts = [table, Text(""), listing]
+    if "opt_out" in description:
+        parts += [Text(""), _row_sets(description["row_sets"]), Text(""), _opt_out(description["opt_out"])]
+    return Group(*parts)
+
+
+def _row_sets(sets: list[dict[str, Any]]) -> Table:
+    table = Table(title="sets of router rows, the model's own first", title_justify="left")
+    for column in ("name", "tuned with the experts", "on proxies of", "training"):
+        table.add_column(column, overflow="fold")
+    for rows in sets:
+        table.add_row(*(_shown(rows[key]) for key in ("name", "experts", "proxies", "training")))
+    return table
+
+
+def _opt_out(opt_outs: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title="leaving out an expert (strict: nothing derived from its owner's data remains; expert-only: "
+                        "the expert is gone, but has shaped the rows)", title_justify="left")
+    for column in ("expert", "rows by default", "guarantee", "strict with", "expert-only with"):
+        table.add_column(column, overflow="fold")
+    for name, found in opt_outs.items():
+        shown = name if found["in_model"] else f"{name} (left out already)"
+        table.add_row(*(_shown(value) for value in (shown, found["rows"], found["guarantee"], found["strict"],
+                                                    found["expert_only"])))
+    return table
 
 
 def _rows(values: dict[str, Any]) -> list[tuple[str, Any]]:
     """Flatten nested objects into rows; empty values and experts are left out."""
     rows = []
     for key, value in values.items():
-        if key == "experts" or value in (None, "", {}, []):
+        if key in ("experts", "row_sets", "opt_out") or value in (None, "", {}, []):
             continue
         if isinstance(value, dict) and key in ("architecture", "manifest"):
             rows += _rows(value)
