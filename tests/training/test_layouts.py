@@ -145,13 +145,21 @@ def _count_traffic(world: Path) -> dict[str, Any]:
     return counts
 
 
+def _forget_layout() -> None:
+    """End Megatron's process groups; parallel_state alone leaves each one's threads behind, fifty for a layout."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
+
+
 def run_all(world: Path) -> dict[str, Any]:
     """What each of the four processes does."""
     from flexolmo_megatron.runtime.setup import prepare
 
     prepare()
-    from megatron.core import parallel_state
-
     from flexolmo_megatron.training import loop
 
     results: dict[str, Any] = {"starts": {}}
@@ -168,11 +176,11 @@ def run_all(world: Path) -> dict[str, Any]:
     for kind in ALONE:
         for name, options in ALONE[kind].items():
             assert main(_command(kind, world, name, *options)) == 0, name
-            parallel_state.destroy_model_parallel()
+            _forget_layout()
         for name, links in CHAINS[kind].items():
             for options in links:
                 assert main(_command(kind, world, name, *options, f"stop_after={LINK}")) == 0, options
-                parallel_state.destroy_model_parallel()
+                _forget_layout()
     results["starts"] = started
     results["traffic"] = _count_traffic(world)
     return results
