@@ -35,9 +35,6 @@ _WEIGHTS = "linear.npy"
 class Classifier(Protocol):
     """What gives documents logits. One document's does not depend on the others of its batch, beyond rounding."""
 
-    in_process: bool
-    """Whether it must run in the main process, because it holds an accelerator or many threads."""
-
     def logits(self, texts: Sequence[str]) -> np.ndarray:
         """Return float32 `[n]`."""
         ...
@@ -53,8 +50,6 @@ class Classifier(Protocol):
 
 class LinearClassifier:
     """Logistic regression on the hashed word 1- and 2-grams of a document, weighted to equal classes."""
-
-    in_process = False
 
     def __init__(self, weights: np.ndarray) -> None:
         """Take the weights of the features and the intercept, float32 `[FEATURES + 1]`."""
@@ -101,7 +96,7 @@ def load_classifier(name: str, folder: Path) -> Classifier:
         return LinearClassifier(np.load(folder / _WEIGHTS, allow_pickle=False))
     from flexolmo_megatron.domain.proxy_encoder import EncoderClassifier
 
-    return EncoderClassifier.load(name, folder)
+    return EncoderClassifier.load(folder)
 
 
 @dataclass(frozen=True)

@@ -135,8 +135,8 @@ def select(files: Sequence[Path], scores: Sequence[Scores], index: DuplicateInde
 
 
 def _read_candidates(files: Sequence[Path], scores: Sequence[Scores], starts: np.ndarray, logits: np.ndarray,
-                     documents: np.ndarray, index: DuplicateIndex, texts: BinaryIO, argument: tuple[dict[str, str], str],
-                     workers: int) -> dict[int, tuple[int, int, int, int]]:
+                     documents: np.ndarray, index: DuplicateIndex, texts: BinaryIO,
+                     argument: tuple[dict[str, str], str], workers: int) -> dict[int, tuple[int, int, int, int]]:
     """Spool the documents with these numbers; where each is, its length, its tokens, and 1 if a copy, 2 if near."""
     wanted: dict[int, dict[int, int]] = {}
     for file in range(len(files)):
