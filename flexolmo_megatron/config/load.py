@@ -106,6 +106,8 @@ def _reason(where: str, error: OmegaConfBaseException) -> str:
 
 def _reject_unknown(config: Any, values: DictConfig, where: str, prefix: str) -> None:
     """Raise for the first key of ``values`` that ``config`` does not have, offering the nearest one."""
+    if OmegaConf.get_type(config) is dict:  # a mapping of names that the user chooses
+        return
     for key in values:
         full_key = f"{prefix}{key}"
         try:
