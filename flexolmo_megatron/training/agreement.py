@@ -1,48 +1,13 @@
-"""What all ranks of a run must know of each other, so that none waits for one that has given up."""
+"""What all ranks of a run must know of each other at each step, so that none waits for one that has given up."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.runtime.setup import local_device
-
-Result = TypeVar("Result")
-
-
-def together(function: Callable[[], Result]) -> Result:
-    """Call ``function`` on every rank; where it raises on some, raise on all. Called by all ranks.
-
-    Args:
-        function: does not communicate after the first point where only some ranks could fail.
-
-    Raises:
-        FlexOlmoError: on every rank the message of the first rank with one; of an OSError, too.
-        Exception: any other error, as it is, on the rank where it happened; the others raise a RuntimeError with its
-            text.
-    """
-    result, own, shared = None, None, None
-    try:
-        result = function()
-    except Exception as error:
-        own = error
-        shared = (isinstance(error, FlexOlmoError | OSError), f"{error}")
-    failed = torch.tensor([int(own is not None)], device=local_device())
-    torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
-    if not failed.item():
-        return result
-    outcomes: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(outcomes, shared)
-    rank, (is_users, text) = next((rank, outcome) for rank, outcome in enumerate(outcomes) if outcome is not None)
-    if own is not None and not isinstance(own, OSError):
-        raise own
-    if is_users:
-        raise FlexOlmoError(text) from own
-    raise RuntimeError(f"rank {rank}: {text}") from own
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER, MegatronOptimizer
@@ -28,8 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from flexolmo_megatron.config.card import CARD_FILE, ModelCard
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import sweep_folder, temporary_name
-from flexolmo_megatron.runtime.ranks import on_first_rank
-from flexolmo_megatron.training.agreement import together
+from flexolmo_megatron.runtime.ranks import on_first_rank, together
 from flexolmo_megatron.training.checkpoint_writer import CheckpointWriter
 from flexolmo_megatron.training.integrity import damage
 from flexolmo_megatron.training.optimizer_state import put_back_groups, take_out_groups
@@ -131,7 +132,7 @@ def begin_save(run: Path, state: TrainingState, card: ModelCard, *, background: 
     Raises:
         FlexOlmoError: it cannot be written (full disk); earlier checkpoints are untouched.
     """
-    content = _sharded_state(state, is_loading=False)
+    content = together(lambda: _sharded_state(state, is_loading=False))
     return CheckpointWriter(
         run / FOLDER / f"step_{state.step:08d}", content, card, background=background, hashed=hashed
     )
@@ -238,9 +239,13 @@ def _set_with_step(part: DistributedOptimizer, model_parameter: torch.nn.Paramet
 
 def _load(path: Path, state: TrainingState) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(
-            _sharded_state(state, is_loading=True), str(path), strict=StrictHandling.RAISE_ALL
+        sharded = _sharded_state(state, is_loading=True)
+        # Each data-parallel process reads its share and hands it on: storage is read once, not once by each of them.
+        strategy = FullyParallelLoadStrategyWrapper(
+            get_default_load_sharded_strategy(str(path)),
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
+        return dist_checkpointing.load(sharded, str(path), strategy, strict=StrictHandling.RAISE_ALL)
     except FAILURES as error:
         raise FlexOlmoError(f"{path} cannot be loaded into this run: {_cause(error)}") from error
 

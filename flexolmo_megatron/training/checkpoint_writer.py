@@ -3,7 +3,8 @@
 The planning and the format are Megatron-core's (``dist_checkpointing``, torch_dist, 0.16.1). Its writing is not used:
 what rank 0 does alone there (``common.pt``, ``.metadata``, ``metadata.json``) leaves the other ranks waiting where it
 fails on a full disk; it forks processes that a kill of the rank leaves behind, and that on the CPU inherit OpenMP's and
-gloo's threads in an unusable state. Here threads of this process write, and every step of one rank is shared.
+gloo's threads in an unusable state. Here threads of this process write, and every failure of one rank is shared. What
+data-parallel processes hold alike is shared out among them, as Megatron-LM's ``--ckpt-fully-parallel-save`` does it.
 """
 
 import io
@@ -15,16 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, _split_by_size_and_type
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, SerializationFormat, _write_item
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
@@ -33,8 +40,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from flexolmo_megatron.config.card import ModelCard
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import atomic_directory, fsync_path
-from flexolmo_megatron.runtime.ranks import on_first_rank
-from flexolmo_megatron.training.agreement import together
+from flexolmo_megatron.runtime.ranks import on_first_rank, together
 from flexolmo_megatron.training.integrity import Files, describe_file, write_record
 
 THREADS = 2
@@ -49,11 +55,20 @@ class _RankFiles(FileSystemWriterAsync):
         self._copied = copied
         self._values: dict[Any, Tensor | io.BytesIO] = {}
         self._plan: SavePlan | None = None
+        self._planner: SavePlanner | None = None
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        """Called by upstream at the end of planning."""
-        self._plan = plan
-        for item in plan.items:
+        """Called by upstream at the end of planning; what can fail on one rank alone is left to ``take_values``."""
+        self._plan, self._planner = plan, planner
+
+    def take_values(self) -> None:
+        """Take what will be written, as it is now.
+
+        Raises:
+            RuntimeError: no memory for a copy.
+        """
+        planner, self._planner = self._planner, None
+        for item in self._plan.items:
             value = planner.resolve_data(item)
             if self._copied and isinstance(value, Tensor):
                 value = value.detach().to("cpu", copy=True, non_blocking=True)
@@ -116,15 +131,16 @@ class CheckpointWriter:
         self._folder = ExitStack()  # of rank 0 alone
         with self._explained():
             folder = Path(on_first_rank(self._make_folder))
-            sharded, common = save_preprocess(content)
+            sharded, common = together(lambda: save_preprocess(content, validate_access_integrity=False))
+            _share_out(sharded, common)
             on_first_rank(lambda: _write_common(folder, common))
-            state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
             self._files = _RankFiles(str(folder), copied=background)
             (_, self._metadata, _), *_ = save_state_dict_async_plan(
-                mcore_to_pyt_state_dict(state, False),
+                together(lambda: _as_torch_has_it(sharded)),
                 self._files,
                 planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
             )
+            together(self._files.take_values)
         if background:
             self._thread = threading.Thread(target=self._write, name="checkpoint")
             self._thread.start()
@@ -194,6 +210,20 @@ class CheckpointWriter:
         self._card.save(folder)
         write_record(folder, {name: record for _, files in written for name, record in files.items()})
         self._folder.close()
+
+
+def _share_out(sharded: dict[str, Any], common: dict[str, Any]) -> None:
+    """Decide which of the ranks that hold a tensor alike writes it, by size; checks that each is written once."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    writers = determine_main_replica_uniform_distribution(sharded, group)
+    distribute_main_replicas_with_precomputed_distribution(sharded, group, writers)
+    _, of_all_ranks = determine_global_metadata(sharded)
+    together(lambda: validate_sharding_integrity(of_all_ranks, common_state_dict=common))
+
+
+def _as_torch_has_it(sharded: dict[str, Any]) -> dict[str, Any]:
+    state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    return mcore_to_pyt_state_dict(state, False)
 
 
 def _write_common(folder: Path, common: dict[str, Any]) -> None:

@@ -22,10 +22,10 @@ from tqdm import tqdm
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError, StopRequested
 from flexolmo_megatron.model.router import PairRouter, hold_biases_at_zero
-from flexolmo_megatron.runtime.ranks import on_first_rank
+from flexolmo_megatron.runtime.ranks import on_first_rank, together
 from flexolmo_megatron.runtime.setup import initialize, local_device, world_size
 from flexolmo_megatron.training import checkpoint
-from flexolmo_megatron.training.agreement import agree, largest_gradient, together
+from flexolmo_megatron.training.agreement import agree, largest_gradient
 from flexolmo_megatron.training.checkpoint import TrainingState
 from flexolmo_megatron.training.checkpoint_writer import CheckpointWriter
 from flexolmo_megatron.training.datasets import Datasets, batches, build_datasets, parse_blend
