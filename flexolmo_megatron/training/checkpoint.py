@@ -7,7 +7,7 @@ path and digest in the card.
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from flexolmo_megatron.training.optimizer_state import put_back_groups, take_out
 
 FOLDER = "checkpoints"
 STEP_FOLDER = re.compile(r"step_(\d{8})")
+_SWEPT = re.compile(rf"(damaged_)?{STEP_FOLDER.pattern}")
 
 PROGRESS = ("step", "consumed_samples", "tokens", "skipped", "skipped_in_a_row")
 """Fields of ``TrainingState`` that are plain numbers."""
@@ -151,15 +152,22 @@ def finish_save(writer: CheckpointWriter, keep: int) -> Path:
 
 def _delete_all_but(run: Path, keep: int) -> None:
     for old in step_folders(run)[:-keep]:
-        # Under another name first: a kill in between leaves no checkpoint with half of its files.
-        going = old.with_name(temporary_name(old.name))
-        old.rename(going)
+        _delete(old)
+
+
+def _delete(folder: Path) -> None:
+    """Remove a checkpoint; what cannot be removed now (on NFS, files that somebody reads) is left to a later launch's
+    ``sweep``."""
+    # Under another name first: a kill in between leaves no checkpoint with half of its files.
+    going = folder.with_name(temporary_name(folder.name))
+    with suppress(OSError):
+        folder.rename(going)
         shutil.rmtree(going)
 
 
 def sweep(run: Path) -> list[str]:
     """Remove what killed processes left of checkpoints that they wrote or deleted; rank 0 alone."""
-    return sweep_folder(run / FOLDER, STEP_FOLDER)
+    return sweep_folder(run / FOLDER, _SWEPT)
 
 
 @dataclass
@@ -180,7 +188,8 @@ def find_intact(run: Path, hashed: bool) -> Found:
         hashed: compare the sha256 of tensor files, too.
 
     Raises:
-        FlexOlmoError: there are checkpoints, and all of them are damaged.
+        FlexOlmoError: there are checkpoints, and all of them are damaged; or a later version of this package has
+            written the newest.
     """
     damaged: dict[Path, str] = {}
     for path in reversed(on_first_rank(lambda: all_step_folders(run))):
@@ -202,7 +211,7 @@ def set_aside(damaged: Iterable[Path]) -> None:
     for path in damaged:
         aside = path.with_name(f"damaged_{path.name}")
         if aside.exists():
-            shutil.rmtree(aside)
+            _delete(aside)
         path.rename(aside)
 
 
@@ -260,10 +269,8 @@ def load(path: Path, state: TrainingState) -> None:
         loaded = together(lambda: _load(path, state))
         for index, module in enumerate(unwrap_model(state.chunks)):
             module.load_state_dict(loaded[f"model{index}"], strict=False)
-        # Checkpoints of earlier versions have the step in the groups.
-        step = max(take_out_groups(loaded["optimizer"]), loaded.get("optimizer_step", 0))
-        put_back_groups(loaded["optimizer"], state.optimizer, step)
+        put_back_groups(loaded["optimizer"], state.optimizer, loaded["optimizer_step"])
         state.optimizer.load_state_dict(loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["scheduler"])
-    for name, value in loaded["progress"].items():  # an earlier version's has fewer
+    for name, value in loaded["progress"].items():
         setattr(state, name, value)

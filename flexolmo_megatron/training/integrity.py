@@ -1,10 +1,10 @@
 """Whether a checkpoint still holds, byte for byte, what was written: a record of its files, made with it.
 
 ``integrity.json`` names every file with its size and its sha256. Each rank hashes the files that it has just written,
-from the page cache; before a checkpoint is loaded the files are shared out over all ranks. On 512 GPUs that is about
-one more gigabyte per rank each time, a second beside the tens that writing or a start take, and a single wrong bit in
-the weights would cost the run. Where storage does that work already, ``checkpoint_hash=false`` leaves the sha256 of
-tensor files out; names, sizes and the hashes of the small files, which torch unpickles, are always compared.
+from the page cache; before a checkpoint is loaded the files are shared out over all ranks. Since the ranks also share
+out what they write, each hashes about as many bytes as it writes, and a single wrong bit in the weights would cost the
+run. Where storage does that work already, ``checkpoint_hash=false`` leaves the sha256 of tensor files out; names, sizes
+and the hashes of the small files, which torch unpickles, are always compared.
 """
 
 import hashlib
@@ -60,6 +60,9 @@ def damage(folder: Path, hashed: bool) -> str | None:
     Args:
         folder: the checkpoint.
         hashed: compare the sha256 of tensor files, too.
+
+    Raises:
+        FlexOlmoError: the record is of a later version of this package, which this one cannot judge.
     """
     problem, files = on_first_rank(lambda: _damage_at_first_sight(folder))
     if problem or not files:
@@ -75,16 +78,21 @@ def damage(folder: Path, hashed: bool) -> str | None:
 def _damage_at_first_sight(folder: Path) -> tuple[str | None, Files]:
     """What names and sizes show, and the files to be hashed."""
     record = folder / RECORD_FILE
-    if not record.exists():  # a checkpoint of an earlier version
-        missing = [name for name in SMALL_FILES if not (folder / name).is_file()]
-        return (f"{missing[0]} is missing" if missing else None), {}
+    if not record.exists():
+        return f"{RECORD_FILE} is missing", {}
     try:
         content = read_json(record, "the record of a checkpoint's files")
-        files = content["files"] if content["format_version"] == FORMAT_VERSION else {}
+        version = int(content["format_version"])
+        files = content["files"] if version == FORMAT_VERSION else {}
         sizes = {name: int(recorded["bytes"]) for name, recorded in files.items()}
         hashes = {name: recorded["sha256"] for name, recorded in files.items()}
-    except (FlexOlmoError, KeyError, TypeError, ValueError, AttributeError):
+    except (FlexOlmoError, KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return f"{RECORD_FILE} is damaged", {}
+    if version > FORMAT_VERSION:
+        raise FlexOlmoError(
+            f"{record}: format_version = {version}: expected {FORMAT_VERSION}; a later version of flexolmo-megatron has "
+            f"written this checkpoint: go on with that one, or name a new folder (out)"
+        )
     if missing := sorted(set(SMALL_FILES) - set(hashes)):
         return f"{RECORD_FILE} does not name {missing[0]}", {}
     for name, size in sizes.items():

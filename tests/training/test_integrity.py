@@ -1,8 +1,10 @@
 """Damaged checkpoints are found before they are loaded, and never picked; what killed processes left is swept."""
 
+import errno
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,6 +51,7 @@ DAMAGES = {
     "a missing card": ("flexolmo.json", os.remove, "flexolmo.json is missing"),
     "a truncated record": ("integrity.json", _truncate, "integrity.json is damaged"),
     "an empty record": ("integrity.json", _empty_record, "integrity.json is damaged"),
+    "a missing record": ("integrity.json", os.remove, "integrity.json is missing"),
 }
 
 
@@ -95,13 +98,16 @@ def test_a_record_cannot_name_files_elsewhere(world, broken_off, tmp_path, capsy
     assert "integrity.json names '../step_00000002/common.pt', which is no file in the folder" in said
 
 
-def test_a_checkpoint_of_an_earlier_version_is_used(world, broken_off, tmp_path, capsys):
+def test_a_checkpoint_of_a_later_version_is_not_called_damaged(world, broken_off, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(broken_off / "run", run)
-    (run / "checkpoints" / "step_00000003" / "integrity.json").unlink()
-    assert main(runs.expert_options(world, run)) == 0
-    assert "step_00000003 at step 3" in capsys.readouterr().out
-    assert _losses(run) == _losses(broken_off / "unbroken")
+    record = run / "checkpoints" / "step_00000003" / "integrity.json"
+    record.write_text(json.dumps({"format_version": 2, "contents": []}))
+    before = sorted(run.rglob("*"))
+    assert main(runs.expert_options(world, run)) == 2
+    error = capsys.readouterr().err
+    assert f"{record}: format_version = 2: expected 1; a later version of flexolmo-megatron has written this" in error
+    assert sorted(run.rglob("*")) == before
 
 
 def test_only_what_killed_writers_of_checkpoints_left_is_swept(world, broken_off, tmp_path):
@@ -116,6 +122,31 @@ def test_only_what_killed_writers_of_checkpoints_left_is_swept(world, broken_off
     assert main(runs.expert_options(world, run)) == 0
     names = {path.name for path in (run / "checkpoints").iterdir()}
     assert names == {"step_00000003", "step_00000006", *kept}
+
+
+def test_a_checkpoint_that_cannot_be_deleted_ends_no_run(world, tmp_path, monkeypatch):
+    """As on NFS, where a file that somebody still reads keeps its folder from being removed."""
+    run, options = tmp_path / "run", ["save_interval=1", "keep=1"]
+    folder = run / "checkpoints"
+
+    def busy(path, *args, **kwargs):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    def left():
+        return sorted(path.name.split(".")[1] for path in folder.glob(".*.partial"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flexolmo_megatron.training.checkpoint.shutil", SimpleNamespace(rmtree=busy))
+        assert main(runs.expert_options(world, run, *options, "stop_after=3")) == 0
+        assert left() == ["step_00000001", "step_00000002"]
+        shutil.copytree(folder / "step_00000003", folder / "step_00000004")
+        _truncate(folder / "step_00000004" / "common.pt")
+        shutil.copytree(folder / "step_00000004", folder / "damaged_step_00000004")
+        assert main(runs.expert_options(world, run, *options, "stop_after=1")) == 0
+        assert left() == ["damaged_step_00000004", "step_00000003"]
+    assert main(runs.expert_options(world, run, *options)) == 0
+    assert left() == []
+    assert [path.name for path in sorted(folder.iterdir())] == ["damaged_step_00000004", "step_00000006"]
 
 
 def test_a_parameter_without_a_place_in_the_checkpoint_is_a_defect(world, tmp_path, monkeypatch):
