@@ -1,4 +1,4 @@
-"""``flexolmo launch``: anchor, experts and merge as jobs of a Slurm cluster."""
+"""``flexolmo launch``: anchor, experts, merge and router tuning as jobs of a Slurm cluster."""
 
 import argparse
 
@@ -23,11 +23,11 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     """Add the verb."""
     parser = subparsers.add_parser(
         "launch", help="train and merge as jobs of a Slurm cluster",
-        description="Submit up to three jobs to Slurm: the public anchor; an array job that trains all experts at\n"
-                    "once; and, if all of them succeed, the merge with its evaluation. Jobs that are preempted or\n"
-                    "reach their time limit save, requeue themselves and go on. The scripts are kept in OUT/slurm,\n"
-                    "one log per process in OUT/logs, and what happened in OUT/launch.log. A second launch does what\n"
-                    "is missing.",
+        description="Submit up to four jobs to Slurm: the public anchor; an array job that trains all experts at\n"
+                    "once; if all of them succeed, the merge with its evaluation; and then router tuning. Jobs that\n"
+                    "are preempted or reach their time limit save, requeue themselves and go on. The scripts are kept\n"
+                    "in OUT/slurm, one log per process in OUT/logs, and what happened in OUT/launch.log. A second\n"
+                    "launch does what is missing.",
         epilog=EXAMPLE + _describe_options(), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG.yaml", help="the jobs, and what they ask of Slurm")
     parser.add_argument("--dry-run", action="store_true",
@@ -39,10 +39,10 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def _describe_options() -> str:
     from flexolmo_megatron.config.describe import describe
-    from flexolmo_megatron.launch.config import AnchorJob, Expert, ExpertsJob, LaunchConfig, MergeJob
+    from flexolmo_megatron.launch.config import AnchorJob, Expert, ExpertsJob, LaunchConfig, MergeJob, RouterJob
 
     sections = {"": LaunchConfig, "anchor.": AnchorJob, "experts.": ExpertsJob, "experts.each.NAME.": Expert,
-                "merge.": MergeJob}
+                "merge.": MergeJob, "router.": RouterJob}
     return "\n".join(describe(schema, prefix) for prefix, schema in sections.items())
 
 

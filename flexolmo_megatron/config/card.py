@@ -28,6 +28,8 @@ MAX_CARD_BYTES = 16 * 1024 * 1024
 ROUTER_FIELDS = {"embedder": str, "documents": int}
 """How a router row was made: name of the embedder, number of documents whose embeddings were averaged."""
 
+TUNED_MODEL = "model"
+"""Folder of a run of router tuning that holds its result, a whole model."""
 UNTUNED = "untuned"
 """Name of the rows that a merged model had before its router was tuned: each comes from its own expert's package."""
 TUNED = "tuned"

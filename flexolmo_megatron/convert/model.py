@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from flexolmo_megatron.config.card import CARD_FILE, PUBLIC
+from flexolmo_megatron.config.card import CARD_FILE, PUBLIC, TUNED_MODEL
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.convert.huggingface import CONFIG_FILE, DEFAULT_SHARD_BYTES, open_huggingface, save_huggingface
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
@@ -21,8 +21,6 @@ from flexolmo_megatron.errors import FlexOlmoError, nearest
 
 CHECKPOINTS = "checkpoints"
 """Folder of a training run that holds one Megatron checkpoint per saved step, ``step_00000100`` and so on."""
-TUNED_MODEL = "model"
-"""Folder of a run of router tuning that holds its result, a whole model."""
 
 _EXPECTED = ("expected a Hugging Face directory (config.json), a Megatron checkpoint (.metadata and flexolmo.json) or "
              "a training run (checkpoints/step_* or iter_*)")

@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from flexolmo_megatron.config.card import ModelCard
+from flexolmo_megatron.config.card import TUNED_MODEL, ModelCard
 from flexolmo_megatron.convert.huggingface import CONFIG_FILE
 from flexolmo_megatron.convert.lazy import LazyModel
 from flexolmo_megatron.convert.model import CHECKPOINTS, newest_checkpoint, open_model, total_bytes
@@ -51,7 +51,9 @@ def _describe_model(path: Path, digest: bool, progress: Progress) -> dict[str, A
     else:
         result["format"] = "megatron"
         checkpoint = newest_checkpoint(path)
-        if checkpoint is not None:
+        if (path / TUNED_MODEL).exists():
+            result["described_checkpoint"] = TUNED_MODEL
+        elif checkpoint is not None:
             result["checkpoints"] = sorted(folder.name for folder in (path / CHECKPOINTS).glob("step_*"))
             result["described_checkpoint"] = checkpoint.name
     result["architecture"] = asdict(model.card.model)

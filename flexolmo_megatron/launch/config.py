@@ -115,6 +115,20 @@ class MergeJob:
 
 
 @dataclass
+class RouterJob:
+    """Tunes the merged model's router, and evaluates the result on the domains of `merge`."""
+
+    preset: str | None = None
+    """Named sizes and settings, as for `flexolmo train --preset`."""
+    config: list[str] = field(default_factory=list)
+    """YAML files for `flexolmo train --config`."""
+    options: list[str] = field(default_factory=list)
+    """KEY=VALUE options for `flexolmo train router`, after the files; at least data.train and data.proxies."""
+    slurm: dict[str, Any] = field(default_factory=dict)
+    """What this job asks for otherwise than the section slurm."""
+
+
+@dataclass
 class LaunchConfig:
     """`flexolmo launch CONFIG.yaml`."""
 
@@ -132,6 +146,8 @@ class LaunchConfig:
     """Section of the array job that trains the experts."""
     merge: MergeJob | None = None
     """Section of the job that merges and evaluates."""
+    router: RouterJob | None = None
+    """Section of the job that tunes the merged model's router, after the job `merge`."""
 
 
 def training_of(experts: ExpertsJob, expert: Expert) -> ExpertsJob:

@@ -12,10 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flexolmo_megatron.config.layout import data_parallel_size
 from flexolmo_megatron.config.load import load_config
-from flexolmo_megatron.config.train import TrainConfig
+from flexolmo_megatron.config.train import RouterTrainConfig, TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError, nearest
 from flexolmo_megatron.exchange.manifest import check_expert_name
-from flexolmo_megatron.launch.config import AnchorJob, ExpertsJob, LaunchConfig, SlurmConfig, training_of
+from flexolmo_megatron.launch.config import AnchorJob, ExpertsJob, LaunchConfig, RouterJob, SlurmConfig, training_of
 
 TIME = re.compile(r"(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+:\d{1,2}(:\d{1,2})?|UNLIMITED|INFINITE)")
 OPTION = re.compile(r"[a-z][a-z0-9-]*")
@@ -92,7 +92,7 @@ def _reject_unknown(schema: type, values: Any, where: str, prefix: str) -> None:
 
 
 def job_slurm(config: LaunchConfig, stage: str) -> SlurmConfig:
-    """What the job ``stage`` (anchor, experts or merge) asks for: the section slurm, then its own.
+    """What the job ``stage`` (anchor, experts, merge or router) asks for: the section slurm, then its own.
 
     Raises:
         FlexOlmoError: a value of a wrong type, or an impossible one.
@@ -142,7 +142,7 @@ def _check(config: LaunchConfig, path: str) -> None:
     """Check what no single field shows, and every training configuration: an error now is cheaper than in the queue."""
     if not re.fullmatch(r"[^%\"\\\n]+", config.out):  # Slurm expands % in the names of logs
         raise FlexOlmoError(f"{path}: out = {config.out!r}: expected a path without %, quotation marks and backslashes")
-    stages = [stage for stage in ("anchor", "experts", "merge") if getattr(config, stage) is not None]
+    stages = [stage for stage in ("anchor", "experts", "merge", "router") if getattr(config, stage) is not None]
     if not stages:
         raise FlexOlmoError(f"{path}: expected at least one of the sections anchor, experts and merge")
     for stage in stages:
@@ -158,6 +158,22 @@ def _check(config: LaunchConfig, path: str) -> None:
         _check_experts(config.experts, job_slurm(config, "experts"), path)
     if config.merge and not config.experts and not config.merge.packages:
         raise FlexOlmoError(f"{path}: merge.packages is empty and there is no section experts: nothing to merge")
+    if config.router:
+        _check_router(config, path)
+
+
+def _check_router(config: LaunchConfig, path: str) -> None:
+    if config.merge is None:
+        raise FlexOlmoError(f"{path}: there is a section router and no section merge, whose model it tunes")
+    training = _check_training(config.router, job_slurm(config, "router"), f"{path}: router")
+    if not training.data.proxies:
+        raise FlexOlmoError(f"{path}: router: data.proxies is empty: expected proxies of at least one owner, as "
+                            "data.proxies.NAME=[PREFIX]")
+    if config.experts and not config.merge.packages:
+        for name in training.data.proxies:
+            if name not in config.experts.each:
+                raise FlexOlmoError(f"{path}: router: data.proxies.{name}: there is no such expert"
+                                    f"{nearest(name, config.experts.each)}")
 
 
 def _check_experts(experts: ExpertsJob, slurm: SlurmConfig, path: str) -> None:
@@ -170,10 +186,11 @@ def _check_experts(experts: ExpertsJob, slurm: SlurmConfig, path: str) -> None:
         _check_training(training_of(experts, expert), slurm, f"{path}: experts.each.{name}")
 
 
-def _check_training(job: AnchorJob | ExpertsJob, slurm: SlurmConfig, where: str) -> TrainConfig:
+def _check_training(job: AnchorJob | ExpertsJob | RouterJob, slurm: SlurmConfig, where: str) -> TrainConfig:
     """Check what `flexolmo train` will check, as far as that needs no model."""
+    schema = RouterTrainConfig if isinstance(job, RouterJob) else TrainConfig
     try:
-        training = load_config(TrainConfig, preset=job.preset, paths=job.config, overrides=[*job.options, "out=here"])
+        training = load_config(schema, preset=job.preset, paths=job.config, overrides=[*job.options, "out=here"])
         training.validate(data_parallel_size(training.parallel, slurm.nodes * slurm.processes_per_node))
     except FlexOlmoError as error:
         raise FlexOlmoError(f"{where}: {error}") from None

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from flexolmo_megatron.config.card import PUBLIC, TUNED, UNTUNED, WITHOUT, RowSet
+from flexolmo_megatron.config.card import PUBLIC, TUNED, TUNED_MODEL, UNTUNED, WITHOUT, RowSet
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
 from flexolmo_megatron.convert.megatron import open_megatron
-from flexolmo_megatron.convert.model import TUNED_MODEL, check_names, open_model, save_model
+from flexolmo_megatron.convert.model import check_names, open_model, save_model
 from flexolmo_megatron.convert.rows import is_row, untuned
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.digest import model_digest
