@@ -18,7 +18,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "embed", help="documents -> domain vector",
         description="Average the embeddings of a sample of documents: the domain vector that a router row starts "
                     "from. With --publish, for public documents, also write the published anchor that data owners "
-                    "train against.")
+                    "train against. The same command goes on with a run that was stopped, from FILE.state, which "
+                    "stays with the owner.")
     parser.add_argument("docs", nargs="+", metavar="DOCS",
                         help="file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet) or quoted pattern, as in "
                              "'notes/**/*.jsonl'")
@@ -46,6 +47,20 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--max-bad", type=int, default=100, metavar="N",
                         help="how many empty or broken documents are skipped before the run stops "
                              "(default: %(default)s)")
+    privacy = parser.add_argument_group(
+        "differential privacy (off by default)",
+        "Clip every document's embedding and add Gaussian noise to their mean, so that the vector says almost nothing "
+        "about any single document. It does not hide the domain, nor protect what the expert's weights learn; two "
+        "vectors of the same documents cost twice the epsilon.")
+    privacy.add_argument("--epsilon", type=float, metavar="E",
+                         help="turns it on: the larger, the less noise and the less private; replacing one document "
+                              "changes the chance of any outcome by a factor of at most exp(E), up to --delta")
+    privacy.add_argument("--delta", type=float, default=1e-6, metavar="D",
+                         help="should be far below 1 / number of documents (default: %(default)s)")
+    privacy.add_argument("--clip", type=float, default=1.0, metavar="NORM",
+                         help="longest row of a document's embedding; longer ones are shortened. The default is the norm of "
+                              "what other embedders give; with the anchor it averages directions alone (default: "
+                              "%(default)s)")
     parser.add_argument("--publish", metavar="DIR",
                         help="also write the published anchor, a FlexOlmo model with one expert, to this new directory")
     parser.add_argument("--format", choices=("hf", "megatron"), default="hf",
@@ -110,22 +125,32 @@ def run(args: argparse.Namespace) -> None:
     """Run ``flexolmo embed``."""
     from flexolmo_megatron.convert.model import open_model, save_model
     from flexolmo_megatron.domain.embed import domain_vector, open_embedder
+    from flexolmo_megatron.domain.privacy import GaussianMechanism
     from flexolmo_megatron.domain.publish import dense_digest, publish_anchor
     from flexolmo_megatron.domain.vector import save_vector
     from flexolmo_megatron.exchange.digest import model_digest
 
+    privacy = None if args.epsilon is None else GaussianMechanism(args.epsilon, args.delta, args.clip)
     anchor = open_model(args.anchor)
     _check_targets(args, anchor)
     texts = _sample(args)
     digest = dense_digest(anchor)
     embedder = open_embedder(args.embedder, anchor, digest, args.max_tokens)
+    unfinished = Path(f"{args.out}.state")
     vector = domain_vector(embedder, texts, hidden_size=anchor.card.model.hidden_size, dense_digest=digest,
-                           seed=args.seed, batch_size=args.batch_size, norm=args.scale)
+                           seed=args.seed, batch_size=args.batch_size, norm=args.scale, privacy=privacy,
+                           resume=unfinished)
     save_vector(vector, args.out)
+    unfinished.unlink(missing_ok=True)
     rows, width = vector.vectors.shape
     print(f"{args.out}: {rows} row{'s' * (rows > 1)} of {width} numbers with norm {vector.norm:g}, "
           f"by {vector.record()['embedder']}")
     print(f"{vector.documents:,} documents averaged, {vector.dropped:,} dropped because their embedding was not finite")
+    if privacy:
+        sigma = privacy.sigma(vector.documents, rows)
+        print(f"private for epsilon {privacy.epsilon:g} and delta {privacy.delta:g} if one document is replaced: noise "
+              f"of standard deviation {sigma:.3g}, so a row whose norm is at most {privacy.clip:g} got noise of a norm "
+              f"up to about {sigma * width**0.5:.3g}")
     _compare(vector, anchor)
     if args.publish:
         published = publish_anchor(anchor, vector)

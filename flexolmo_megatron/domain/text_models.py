@@ -61,7 +61,7 @@ class SentenceTransformerEmbedder:
             self._model = SentenceTransformer(name, device=str(local_device()), trust_remote_code=False)
         except Exception as error:  # it passes on whatever its many readers raise
             raise _cannot_load(name, error) from error
-        self._model.max_seq_length = min(self._model.max_seq_length or max_tokens, max_tokens)
+        self.max_tokens = self._model.max_seq_length = min(self._model.max_seq_length or max_tokens, max_tokens)
         self.name = display_name(name)
         self.digest = _weights_digest(self._model)
 
@@ -99,7 +99,7 @@ class GritLMEmbedder:
         if max_tokens <= self._instruction_tokens:
             raise FlexOlmoError(f"--max-tokens {max_tokens}: expected more than the {self._instruction_tokens} tokens "
                                 "of GritLM's instruction")
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self.name = display_name(name)
         self.digest = _weights_digest(model)
 
@@ -107,7 +107,7 @@ class GritLMEmbedder:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Return float32 `[n, 1, d]`, of norm 1; NaN for a document without a token."""
         inputs = self._tokenizer([GRITLM_INSTRUCTION + text for text in texts], padding=True, truncation=True,
-                                 max_length=self._max_tokens, return_tensors="pt").to(self._device)
+                                 max_length=self.max_tokens, return_tensors="pt").to(self._device)
         real_NS = inputs["attention_mask"].bool()
         # A mask of four dimensions is used as it is: no causal one is added.
         seen_N1SS = real_NS[:, None, None, :].expand(-1, 1, real_NS.shape[1], -1)

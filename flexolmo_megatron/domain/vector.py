@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from flexolmo_megatron.domain.privacy import GaussianMechanism
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import atomic_file
 from flexolmo_megatron.untrusted import check_digest, parse_strict_json, shown
@@ -54,6 +55,8 @@ class DomainVector:
     """Of the sample of documents."""
     norm: float
     """Euclidean norm that every row was scaled to."""
+    privacy: GaussianMechanism | None = None
+    """The noise that was added before, if any; then ``documents`` counts what was not finite, too, as zeros."""
 
     def __post_init__(self) -> None:
         vectors, name = self.vectors, self.embedder
@@ -107,6 +110,8 @@ def save_vector(vector: DomainVector, path: str | os.PathLike) -> None:
         FlexOlmoError: it cannot be written.
     """
     values = {key: value for key, value in asdict(vector).items() if key != "vectors"}
+    if vector.privacy is None:
+        del values["privacy"]
     metadata = json.dumps({"format_version": FORMAT_VERSION, **values}, ensure_ascii=False).encode()
     with atomic_file(path) as file:
         np.savez(file, vectors=np.ascontiguousarray(vector.vectors, "<f4"), metadata=np.frombuffer(metadata, np.uint8))
@@ -188,7 +193,12 @@ def _parse(data: bytes) -> DomainVector:
     version = values.pop("format_version", None)
     if type(version) is not int or version != FORMAT_VERSION:
         raise FlexOlmoError(f"format_version = {shown(version)}: this program reads version {FORMAT_VERSION}")
-    expected = {field.name for field in fields(DomainVector)} - {"vectors"}
-    for key in values.keys() ^ expected:
+    expected = {field.name for field in fields(DomainVector)} - {"vectors", "privacy"}
+    for key in (values.keys() - {"privacy"}) ^ expected:
         raise FlexOlmoError(f"{'unknown' if key in values else 'missing'} field {shown(key)} in the metadata")
+    if "privacy" in values:
+        mechanism = values["privacy"]
+        if not isinstance(mechanism, dict) or mechanism.keys() != {"epsilon", "delta", "clip"}:
+            raise FlexOlmoError(f"privacy = {shown(mechanism)}: expected epsilon, delta and clip")
+        values["privacy"] = GaussianMechanism(**mechanism)
     return DomainVector(vectors=_array(raw_vectors, "vectors", "<f4", 2).astype(np.float32), **values)

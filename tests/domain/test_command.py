@@ -69,7 +69,7 @@ def test_rows_of_another_embedder_are_warned_about(docs, olmo2_dir, tmp_path, ca
     digest = load_vector(tmp_path / "a.npz").dense_digest
 
     class Other:
-        name, digest = "other", "ab" * 32
+        name, digest, max_tokens = "other", "ab" * 32, 512
 
         def embed(self, texts):
             return np.ones((len(texts), 1, 5), np.float32)
@@ -115,3 +115,16 @@ def test_bad_input_is_refused_before_the_work(docs, olmo2_dir, tmp_path, monkeyp
     (tmp_path / "empty.jsonl").touch()
     refuses("empty.jsonl: no document; expected at least one", tmp_path / "empty.jsonl")
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "empty.jsonl"])
+
+
+def test_noise_is_off_by_default_and_recorded(docs, olmo2_dir, tmp_path, capsys):
+    flexolmo_embed(docs, "--anchor", olmo2_dir, "--out", tmp_path / "a.npz", "--epsilon", 30)
+    printed = capsys.readouterr().out
+    assert "private for epsilon 30 and delta 1e-06 if one document is replaced: noise of standard deviation" in printed
+    vector = load_vector(tmp_path / "a.npz")
+    assert (vector.privacy.epsilon, vector.privacy.delta, vector.privacy.clip) == (30.0, 1e-6, 1.0)
+    flexolmo_embed(docs, "--anchor", olmo2_dir, "--out", tmp_path / "b.npz")
+    assert load_vector(tmp_path / "b.npz").privacy is None and "private" not in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz", "docs.jsonl"]
+    with pytest.raises(FlexOlmoError, match="^delta = 2.0: expected a number above 0 and below 1$"):
+        flexolmo_embed(docs, "--anchor", olmo2_dir, "--out", tmp_path / "c.npz", "--epsilon", 1, "--delta", 2)

@@ -77,3 +77,36 @@ def test_name_of_a_folder_hides_where_it_is(tmp_path):
     (tmp_path / "model").mkdir()
     assert display_name(str(tmp_path / "model")) == "model"
     assert display_name("GritLM/GritLM-7B") == "GritLM/GritLM-7B"
+
+
+def test_a_stopped_run_goes_on(fake_embedder, tmp_path, monkeypatch):
+    monkeypatch.setattr("flexolmo_megatron.domain.embed.SAVE_INTERVAL", 0)
+    random = np.random.default_rng(1)
+    rows = {"x" * length: random.standard_normal((2, 4)) for length in range(1, 10)}
+    rows["x" * 9][0, 0] = np.nan
+    texts, file = list(rows), tmp_path / "v.state"
+    expected = mean_embedding(fake_embedder(rows), texts, 2)
+
+    stopped = fake_embedder(rows)
+    embed = stopped.embed
+
+    def stop(batch):
+        if len(stopped.batches) == 3:
+            raise KeyboardInterrupt
+        return embed(batch)
+
+    monkeypatch.setattr(stopped, "embed", stop)
+    with pytest.raises(KeyboardInterrupt):
+        mean_embedding(stopped, texts, 2, resume=file)
+    again = fake_embedder(rows)
+    mean, dropped = mean_embedding(again, texts, 2, resume=file)
+    assert [[len(text) for text in batch] for batch in again.batches] == [[3, 2], [1]]
+    np.testing.assert_array_equal(mean, expected[0])
+    assert dropped == expected[1] == 1
+
+    other = fake_embedder(rows)
+    mean_embedding(other, texts[:-1], 2, resume=file)
+    assert len(other.batches) == 4  # another sample: nothing of it was done
+    file.write_bytes(b"junk")
+    with pytest.raises(FlexOlmoError, match="v.state is not what an earlier start has left"):
+        mean_embedding(other, texts, 2, resume=file)
