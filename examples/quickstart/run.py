@@ -28,8 +28,7 @@ OWNER_OPTIONS = (
     "data.public_share=0.5",
     "optimizer.lr=1e-3",
     "optimizer.min_lr=1e-4",
-    "optimizer.router_lr=3e-3",
-    "expert.domain_loss_coeff=0.075",
+    "expert.domain_loss_coeff=0.025",
 )
 """Beyond the paper's setting, since a model this small cannot tell domains apart by itself: half of an owner's samples
 are public text, the router row learns to tell the two apart by a margin that is the same for all owners, and a small
