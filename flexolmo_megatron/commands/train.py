@@ -68,12 +68,13 @@ def describe_options() -> str:
 def run(args: argparse.Namespace) -> None:
     """Run the verb."""
     from flexolmo_megatron.config.train import RouterTrainConfig, TrainConfig
-    from flexolmo_megatron.training.signals import stay_stopped
+    from flexolmo_megatron.training.signals import forget_stop, stay_stopped
 
     schema = RouterTrainConfig if args.mode == "router" else TrainConfig
     overrides = [*args.overrides, *(["leave_one_out=true"] if args.leave_one_out else [])]
     config = load_config(schema, preset=args.preset, paths=args.config, overrides=overrides)
     stay_stopped(Path(config.out))
+    forget_stop(Path(config.out))
 
     from flexolmo_megatron.runtime.setup import prepare
 

@@ -163,6 +163,9 @@ class TrainConfig:
     checkpoint_hash: bool = True
     """Record the sha256 of every file of a checkpoint and compare it before the run goes on from there; false compares
     names and sizes of tensor files alone."""
+    distributed_timeout_minutes: int = 60
+    """How long a process waits for the others before it gives up: longer than rank 0 takes for what it does for all
+    (digests, sample indices of the data), and than any process takes to write its part of a checkpoint."""
     max_skipped_steps: int = 3
     """Stop at this many steps in a row whose loss or gradients are not finite. Such a step changes no weight."""
     stop_after: int | None = None
@@ -218,7 +221,7 @@ class TrainConfig:
     def _validate_numbers(self) -> None:
         """Check the range of each number that stands for itself."""
         counts = ("train_iters", "micro_batch_size", "global_batch_size", "log_interval", "eval_iters", "keep",
-                  "max_skipped_steps", "data.seq_length", "stop_after")
+                  "max_skipped_steps", "distributed_timeout_minutes", "data.seq_length", "stop_after")
         ranges = {
             "at least 1": (counts, lambda value: value >= 1),
             "0 or more": (("eval_interval", "save_interval", "seed"), lambda value: value >= 0),

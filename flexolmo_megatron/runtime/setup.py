@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from datetime import timedelta
 
 import torch
 
@@ -50,6 +51,7 @@ def initialize(
     expert_parallel: int = 1,
     expert_tensor_parallel: int | None = None,
     seed: int = 1234,
+    timeout_minutes: int = 60,
 ) -> None:
     """Make this process ready to build Megatron modules; calling it again with the same layout does nothing.
 
@@ -63,6 +65,7 @@ def initialize(
         expert_parallel: processes that share a layer's experts.
         expert_tensor_parallel: processes that share an expert's matrices; None for as many as tensor_parallel.
         seed: for Megatron's random states (dropout; initial weights that nobody replaces).
+        timeout_minutes: how long a process waits for others before it gives up.
 
     Raises:
         FlexOlmoError: the layout does not fit the number of processes, or a package has a version that was not tested.
@@ -88,7 +91,7 @@ def initialize(
     if not torch.distributed.is_initialized():
         backend = "nccl" if on_cuda else "gloo"
         if "RANK" in os.environ:
-            _join(backend)
+            _join(backend, timedelta(minutes=timeout_minutes))
         else:
             torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     if parallel_state.model_parallel_is_initialized():
@@ -103,11 +106,12 @@ def initialize(
             context_parallel_size=context_parallel,
             expert_model_parallel_size=expert_parallel,
             expert_tensor_parallel_size=layout.expert_tensor,
+            distributed_timeout_minutes=timeout_minutes,
         )
         megatron_tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def _join(backend: str) -> None:
+def _join(backend: str, timeout: timedelta) -> None:
     """Join the group of all processes of a launch, also where torchrun has started them again.
 
     torchrun (2.13) keeps its store over restarts, with the addresses of processes that have ended. On one node all
@@ -115,11 +119,11 @@ def _join(backend: str) -> None:
     environment gives every restart a store of its own.
     """
     if os.environ.get("GROUP_WORLD_SIZE") != "1" or "TORCHELASTIC_RESTART_COUNT" not in os.environ:
-        torch.distributed.init_process_group(backend)
+        torch.distributed.init_process_group(backend, timeout=timeout)
         return
     store, rank, size = next(torch.distributed.rendezvous("env://"))
     store = torch.distributed.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
+    torch.distributed.init_process_group(backend, timeout, store=store, rank=rank, world_size=size)
 
 
 def world_size() -> int:

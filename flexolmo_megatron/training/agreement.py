@@ -70,6 +70,17 @@ def agree(
     )
 
 
+def agree_on_signal(received: int) -> int:
+    """The stopping signal that some rank has received; 0 for none. Called by all ranks.
+
+    Args:
+        received: by this rank; 0 for none.
+    """
+    signal = torch.tensor(received, dtype=torch.int64, device=local_device())
+    torch.distributed.all_reduce(signal, op=torch.distributed.ReduceOp.MAX)
+    return int(signal.item())
+
+
 @torch.no_grad()
 def largest_gradient(chunks: Iterable[DistributedDataParallel]) -> Tensor:
     """The largest absolute gradient in this rank's buffers; NaN where there is one. A scalar, without a device sync."""

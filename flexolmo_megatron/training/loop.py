@@ -17,7 +17,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
 from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 from torch import Tensor
-from tqdm import tqdm
 
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError, StopRequested
@@ -25,9 +24,10 @@ from flexolmo_megatron.model.router import PairRouter, hold_biases_at_zero
 from flexolmo_megatron.runtime.ranks import on_first_rank, together
 from flexolmo_megatron.runtime.setup import initialize, local_device, world_size
 from flexolmo_megatron.training import checkpoint
-from flexolmo_megatron.training.agreement import agree, largest_gradient
+from flexolmo_megatron.training.agreement import agree, agree_on_signal, largest_gradient
 from flexolmo_megatron.training.checkpoint import TrainingState
 from flexolmo_megatron.training.checkpoint_writer import CheckpointWriter
+from flexolmo_megatron.training.console import Bar, say
 from flexolmo_megatron.training.datasets import Datasets, batches, build_datasets, parse_blend
 from flexolmo_megatron.training.freezing import frozen_fingerprint
 from flexolmo_megatron.training.memory import memory_report
@@ -56,17 +56,18 @@ def train(mode: Mode, config: TrainConfig) -> Path:
         StopRequested: a signal came; what was done up to then is saved.
         RuntimeError: a frozen parameter has changed (a defect of this package).
     """
-    planned = plan(mode, config, world_size())
-    initialize(
-        tensor_parallel=config.parallel.tensor,
-        pipeline_parallel=config.parallel.pipeline,
-        virtual_pipeline=config.parallel.virtual_pipeline,
-        context_parallel=config.parallel.context,
-        expert_parallel=config.parallel.expert,
-        expert_tensor_parallel=config.parallel.expert_tensor,
-        seed=config.seed,
-    )
     with StopSignals() as signals:
+        planned = plan(mode, config, world_size())
+        initialize(
+            tensor_parallel=config.parallel.tensor,
+            pipeline_parallel=config.parallel.pipeline,
+            virtual_pipeline=config.parallel.virtual_pipeline,
+            context_parallel=config.parallel.context,
+            expert_parallel=config.parallel.expert,
+            expert_tensor_parallel=config.parallel.expert_tensor,
+            seed=config.seed,
+            timeout_minutes=config.distributed_timeout_minutes,
+        )
         return (_tune_router if mode == "router" else _train)(mode, config, planned, signals)
 
 
@@ -82,7 +83,7 @@ def _train(mode: Mode, config: TrainConfig, planned: Plan, signals: StopSignals)
         checkpoint.load(found.path, state)
     on_first_rank(lambda: claim(run, mode, config, found))
     if found.path is not None:
-        _say(f"resuming from {found.path} at step {state.step}")
+        say(f"resuming from {found.path} at step {state.step}")
     return _Run(mode, config, run, begun, datasets, state, signals).train()
 
 
@@ -92,7 +93,7 @@ def _tune_router(mode: Mode, config: TrainConfig, planned: Plan, signals: StopSi
     for part in row_set_runs(config, planned):
         if left == 0:
             return checkpoints[-1]
-        _say(f"router rows {part.plan.card.row_sets[0].name!r}, in {part.config.out}")
+        say(f"router rows {part.plan.card.row_sets[0].name!r}, in {part.config.out}")
         before = part.steps
         try:
             checkpoints.append(_train(mode, replace(part.config, stop_after=left), part.plan, signals))
@@ -104,13 +105,8 @@ def _tune_router(mode: Mode, config: TrainConfig, planned: Plan, signals: StopSi
         left = left and left - (part.steps - before)
         if part.steps < config.train_iters:
             return checkpoints[-1]
-    _say(on_first_rank(lambda: write_tuned_model(planned.source, checkpoints, run)))
+    say(on_first_rank(lambda: write_tuned_model(planned.source, checkpoints, run)))
     return checkpoints[0]
-
-
-def _say(text: str) -> None:
-    if torch.distributed.get_rank() == 0:
-        tqdm.write(text)
 
 
 def _datasets(config: TrainConfig, run: Path, begun: Start) -> Datasets:
@@ -265,12 +261,14 @@ class _Run:
         config, state = self.config, self.state
         last = min(config.train_iters, state.step + (config.stop_after or config.train_iters))
         if state.step >= last:
-            _say(f"{self.run} has all of its {config.train_iters} steps already")
+            say(f"{self.run} has all of its {config.train_iters} steps already")
             return checkpoint.step_folders(self.run)[-1]
         together(self._open_log)
-        bar = tqdm(total=config.train_iters, initial=state.step, unit="step", disable=None if self.first else True)
+        began, bar = state.step, Bar(config.train_iters, state.step)
         try:
-            self._steps(last, bar)
+            self.signal = agree_on_signal(self.signals.received)  # one that came while the run was starting
+            if not self.signal:
+                self._steps(last, bar)
         finally:
             bar.close()
             if self.saving is not None:
@@ -281,13 +279,15 @@ class _Run:
         if state.step < config.train_iters and self.signal:
             name = signal.Signals(self.signal).name
             on_first_rank(lambda: (self.run / REQUEUE_FILE).write_text(f"{name} at step {state.step}\n") and None)
-            raise StopRequested(
-                f"{name}: stopped after step {state.step} of {config.train_iters}, which is saved; the same command "
-                f"goes on from there"
+            done = (
+                f"stopped after step {state.step} of {config.train_iters}, which is saved"
+                if state.step > began
+                else f"stopped before step {state.step + 1} of {config.train_iters}, with nothing new to save"
             )
+            raise StopRequested(f"{name}: {done}; the same command goes on from there")
         return checkpoint.step_folders(self.run)[-1]
 
-    def _steps(self, last: int, bar: tqdm) -> None:
+    def _steps(self, last: int, bar: Bar) -> None:
         """Train up to and with step ``last``, or until a signal comes; with a checkpoint at the end."""
         config, state = self.config, self.state
         fingerprints = [frozen_fingerprint(chunk) for chunk in state.chunks]
@@ -296,7 +296,7 @@ class _Run:
         while state.step < last and not self.signal:
             row = self._step(iterators)
             if not reported:
-                _say(str(memory_report(state.chunks, state.optimizer)))
+                say(str(memory_report(state.chunks, state.optimizer)))
                 reported = True
             final = state.step == config.train_iters
             if self.datasets.valid is not None and (
@@ -307,7 +307,8 @@ class _Run:
             ends = state.step == last or self.signal
             if config.save_interval and state.step % config.save_interval == 0 and not ends:
                 self._save()
-        together(lambda: self._check_frozen(fingerprints))
+        if state.step == last:  # after a signal every second counts; a launch that comes to its end checks
+            together(lambda: self._check_frozen(fingerprints))
         if self.saved < state.step:
             self._save()
         self._finish_saving()
@@ -367,7 +368,7 @@ class _Run:
                 f"(max_skipped_steps = {self.config.max_skipped_steps}); lower optimizer.lr = "
                 f"{self.config.optimizer.lr} or check the data; the last checkpoint is intact"
             )
-        _say(f"step {state.step} is skipped: {problem} ({state.skipped} of this run so far)")
+        say(f"step {state.step} is skipped: {problem} ({state.skipped} of this run so far)")
 
     def _mean_router_loss(self, values_L: Tensor) -> float:
         """Mean over layers, microbatches and ranks of a router loss without its coefficient; each stage has its
@@ -386,14 +387,14 @@ class _Run:
         losses = [self._pass(iterators, forward_only=True) for _ in range(self.config.eval_iters)]
         return sum(losses) / len(losses)
 
-    def _report(self, row: dict[str, Any], bar: tqdm, final: bool) -> None:
+    def _report(self, row: dict[str, Any], bar: Bar, final: bool) -> None:
         if self.log is None:
             return
         self.log.write(row)
-        bar.update(1)
+        bar.advance()
         if row["step"] % self.config.log_interval == 0 or final or "valid_loss" in row:
             valid = f", valid loss {row['valid_loss']:.4f}" if "valid_loss" in row else ""
-            tqdm.write(
+            say(
                 f"step {row['step']}/{self.config.train_iters}: loss {row['loss']:.4f}, grad norm "
                 f"{row['grad_norm']:.3f}, lr {row['lr']:.2e}, {row['tokens_per_second']:,.0f} tokens/s{valid}"
             )
@@ -426,14 +427,14 @@ class _Run:
         """Make the checkpoint complete that is being written, if there is one."""
         if self.saving is not None:
             saving, self.saving = self.saving, None
-            _say(f"saved {checkpoint.finish_save(saving, self.config.keep)}")
+            say(f"saved {checkpoint.finish_save(saving, self.config.keep)}")
 
     def _check_frozen(self, before: list[str]) -> None:
         after = [frozen_fingerprint(chunk) for chunk in self.state.chunks]
         if after != before:
             raise RuntimeError(f"a frozen parameter has changed on rank {torch.distributed.get_rank()}")
         if self.mode == "expert" and self.card.kind == "pair":
-            _say(f"frozen parameters unchanged, bit by bit; anchor digest {self.card.anchor_digest}")
+            say(f"frozen parameters unchanged, bit by bit; anchor digest {self.card.anchor_digest}")
         if self.mode == "router":
             digest = self.card.merged_digest
-            _say(f"all but router rows and biases unchanged, bit by bit; merged model's digest {digest}")
+            say(f"all but router rows and biases unchanged, bit by bit; merged model's digest {digest}")

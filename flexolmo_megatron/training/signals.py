@@ -10,6 +10,7 @@ Importing this module loads neither torch nor Megatron.
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -54,3 +55,11 @@ def stay_stopped(run: Path) -> None:
     mark = run / REQUEUE_FILE
     if is_restart_by_torchrun() and mark.is_file():
         raise StopRequested(f"{run} was asked to stop; its next launch goes on with it")
+
+
+def forget_stop(run: Path) -> None:
+    """Remove the mark of an earlier launch that was asked to stop; rank 0 alone. To be called after ``stay_stopped``,
+    before anything can fail: a job script must not take a launch that fails for one that was asked to stop."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):  # no such folder, or one that the run will not be able to use either
+            (run / REQUEUE_FILE).unlink()

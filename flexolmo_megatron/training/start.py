@@ -27,7 +27,7 @@ from flexolmo_megatron.model.engine import engine_settings, prepare_engine
 from flexolmo_megatron.model.fp8 import check_recipe, check_sizes, this_chip
 from flexolmo_megatron.model.spec import engine_is_default
 from flexolmo_megatron.model.weights import init_expert_from_anchor, load_anchor, load_weights
-from flexolmo_megatron.runtime.ranks import on_first_rank
+from flexolmo_megatron.runtime.ranks import on_first_rank, together
 from flexolmo_megatron.runtime.setup import local_device
 from flexolmo_megatron.training.dataset_info import common_tokenizer
 from flexolmo_megatron.training.datasets import parse_blend
@@ -183,6 +183,8 @@ def plan_expert(config: TrainConfig) -> Plan:
 def start(planned: Plan, config: TrainConfig) -> Start:
     """Build this rank's model for a run and fill it. Called by all ranks, with Megatron's process groups ready.
 
+    What a single rank meets after the last communication is left to the caller to share (``together``).
+
     Raises:
         FlexOlmoError: the domain vector is missing or was made for another anchor; a tensor cannot be read.
     """
@@ -192,12 +194,14 @@ def start(planned: Plan, config: TrainConfig) -> Start:
     rows = name_anchor(planned, config)
     if card.kind == "dense":
         return Start(card, _filled(config, planned))
-    chunks = _build(
-        config,
-        card,
-        anchor_ffn_hidden_size=planned.anchor_ffn_hidden_size,
-        domain_loss_coeff=config.expert.domain_loss_coeff,
-        domain_margin=config.expert.domain_margin,
+    chunks = together(
+        lambda: _build(
+            config,
+            card,
+            anchor_ffn_hidden_size=planned.anchor_ffn_hidden_size,
+            domain_loss_coeff=config.expert.domain_loss_coeff,
+            domain_margin=config.expert.domain_margin,
+        )
     )
     fill_pair(chunks, planned.anchor, rows)
     return Start(card, _wrap(config, chunks))
@@ -216,9 +220,8 @@ def name_anchor(planned: Plan, config: TrainConfig) -> torch.Tensor:
     Raises:
         FlexOlmoError: the domain vector was made for another anchor.
     """
-    digests = on_first_rank(lambda: _digests(planned.anchor))
-    planned.card.anchor_digest = digests["anchor"]
-    rows, made = _first_rows(config, planned.anchor, digests["dense"])
+    # By rank 0: another node may lack the file of the vector.
+    planned.card.anchor_digest, rows, made = on_first_rank(lambda: _first_rows(config, planned.anchor))
     if planned.card.kind == "pair":
         planned.card.experts[1].router = made
     return rows
@@ -242,7 +245,7 @@ def fill_pair(chunks: list[GPTModel], anchor: LazyModel, rows: torch.Tensor) -> 
 
 
 def _filled(config: TrainConfig, planned: Plan) -> list[DistributedDataParallel]:
-    chunks = _build(config, planned.built)
+    chunks = together(lambda: _build(config, planned.built))
     load_weights(chunks, planned.source)
     if planned.card.kind == "router":
         for chunk in chunks:
@@ -251,35 +254,39 @@ def _filled(config: TrainConfig, planned: Plan) -> list[DistributedDataParallel]
     return _wrap(config, chunks)
 
 
-def _digests(anchor: LazyModel) -> dict[str, str]:
-    """The digests with and without the router row, in one go."""
-    dense = BackgroundDigest(as_dense(anchor))
+def _digests(anchor: LazyModel, dense: bool) -> tuple[str, str | None]:
+    """The digest of the anchor, and where ``dense`` is true in the same go that without the router row."""
+    if not dense:
+        return model_digest(anchor), None
+    background = BackgroundDigest(as_dense(anchor))
     try:
-        return {"anchor": model_digest(anchor), "dense": dense.result()}
+        return model_digest(anchor), background.result()
     finally:
-        dense.stop()
+        background.stop()
 
 
 def _dtype_name(model: LazyModel) -> str:
     return str(model.tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
 
 
-def _first_rows(config: TrainConfig, anchor: LazyModel, dense_digest: str) -> tuple[torch.Tensor, dict]:
-    """The owner's first router rows `[L or 1, h]` in fp32 and how they were made."""
+def _first_rows(config: TrainConfig, anchor: LazyModel) -> tuple[str, torch.Tensor, dict]:
+    """The anchor's digest, the owner's first router rows `[L or 1, h]` in fp32, and how they were made."""
     size = anchor.card.model
     if config.expert.random_row:
         generator = torch.Generator().manual_seed(config.seed)
         rows = torch.randn(size.num_layers, size.hidden_size, generator=generator)
         # As long as the domain vectors they stand in for.
-        return rows / rows.norm(dim=-1, keepdim=True), {"embedder": "random", "documents": 0}
+        rows = rows / rows.norm(dim=-1, keepdim=True)
+        return _digests(anchor, dense=False)[0], rows, {"embedder": "random", "documents": 0}
     vector = load_vector(config.expert.domain_vector)
     vector.check_fits(size.num_layers, size.hidden_size, config.expert.domain_vector)
+    digest, dense_digest = _digests(anchor, dense=True)
     if vector.dense_digest != dense_digest:
         raise FlexOlmoError(
             f"{config.expert.domain_vector} was made for another anchor (digest {vector.dense_digest[:12]}…): "
             f"expected one for {config.anchor} (digest {dense_digest[:12]}…)"
         )
-    return torch.from_numpy(vector.vectors), vector.record()
+    return digest, torch.from_numpy(vector.vectors), vector.record()
 
 
 def _build(config: TrainConfig, card: ModelCard, **options: float | int | None) -> list[GPTModel]:

@@ -1,5 +1,6 @@
 """What one rank alone meets, all ranks raise: none is left waiting."""
 
+from datetime import timedelta
 from typing import Any
 
 from tests.distributed import run_distributed
@@ -16,8 +17,15 @@ def _failures() -> list[str]:
     from flexolmo_megatron.errors import FlexOlmoError
     from flexolmo_megatron.runtime.setup import initialize
 
-    initialize()
+    initialize(timeout_minutes=7)
     import torch
+    from megatron.core import parallel_state
+
+    waits = [
+        group._get_backend(torch.device("cpu")).options._timeout
+        for group in (torch.distributed.group.WORLD, parallel_state.get_data_parallel_group())
+    ]
+    assert waits == [timedelta(minutes=7)] * 2
 
     from flexolmo_megatron.runtime.ranks import on_first_rank, together
 

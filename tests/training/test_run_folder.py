@@ -72,6 +72,19 @@ def test_torchruns_restart_of_a_stopped_run_ends_at_once(tmp_path, monkeypatch):
     with pytest.raises(StopRequested, match="was asked to stop; its next launch goes on with it"):
         stay_stopped(tmp_path)
     assert main(["train", "anchor", f"out={tmp_path}", "data.train=[x]"]) == 75
+    assert (tmp_path / "requeue").exists()
+
+
+def test_a_launch_that_fails_leaves_no_mark_of_the_one_before(tmp_path, monkeypatch, capsys):
+    (tmp_path / "requeue").write_text("SIGTERM at step 7\n")
+    monkeypatch.setenv("RANK", "1")
+    command = ["train", "expert", f"out={tmp_path}", "data.train=[x]"]
+    assert main(command) == 2
+    assert "an expert needs the published anchor" in capsys.readouterr().err
+    assert (tmp_path / "requeue").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert main(command) == 2
+    assert not (tmp_path / "requeue").exists()
 
 
 def test_a_new_anchor_speaks_the_language_of_its_data(word_tokenizer, tmp_path, capsys):

@@ -1,10 +1,12 @@
 """How runs begin: what is refused before torch.distributed is asked for anything, and what belongs to another run."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from flexolmo_megatron.cli import main
+from flexolmo_megatron.convert.lazy import LazyTensor
 from flexolmo_megatron.convert.megatron_writer import save_megatron
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.exchange.digest import model_digest
@@ -55,15 +57,36 @@ def test_a_run_with_another_anchor_or_expert_is_not_resumed(world, expert_option
     assert main(expert_options(tmp_path / "run", *options)) == 0
 
 
-def test_the_anchor_is_read_once_for_its_digest_and_once_more_without_the_router_row(
-        expert_options, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("options", "passes"), [([], 2), (["expert.random_row=true"], 1)])
+def test_the_anchor_is_read_once_for_its_digest_and_once_more_only_for_a_domain_vectors(
+        expert_options, tmp_path, monkeypatch, options, passes):
+    """The digest that a domain vector names is that without the router row."""
     from flexolmo_megatron.training import start
 
-    hashed = []
-    real = start.model_digest
-    monkeypatch.setattr(start, "model_digest", lambda model: hashed.append(model.card.kind) or real(model))
-    assert main(expert_options(tmp_path / "run", "stop_after=1")) == 0
-    assert hashed == ["moe"]
+    reads = Counter()
+    real = start._digests
+
+    def counted(anchor, dense):
+        def counting(name, tensor):
+            return LazyTensor(tensor.dtype, tensor.shape, lambda: (reads.update([name]), tensor.read())[1])
+
+        return real(replace(anchor, tensors={name: counting(name, t) for name, t in anchor.tensors.items()}), dense)
+
+    monkeypatch.setattr(start, "_digests", counted)
+    assert main(expert_options(tmp_path / "run", "stop_after=1", *options)) == 0
+    rows = {name for name in reads if name.endswith("mlp.gate.weight")}
+    assert len(rows) == 2 and len(reads) > 20
+    assert reads == {name: 1 if name in rows else passes for name in reads}
+
+
+def test_the_configured_timeout_reaches_the_process_groups(expert_options, tmp_path, monkeypatch):
+    from flexolmo_megatron.training import loop
+
+    given = {}
+    real = loop.initialize
+    monkeypatch.setattr(loop, "initialize", lambda **options: (given.update(options), real(**options)))
+    assert main(expert_options(tmp_path / "run", "stop_after=1", "distributed_timeout_minutes=7")) == 0
+    assert given["timeout_minutes"] == 7
 
 
 def test_the_public_bias_of_a_mixture_stays_zero(world, tmp_path):
