@@ -1,6 +1,8 @@
 """Router tuning: what trains and what does not, resuming, layouts, leave-one-out sets, and what is refused."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from flexolmo_megatron.config.card import RowSet
 from flexolmo_megatron.convert.megatron import open_megatron
 from flexolmo_megatron.convert.model import open_model, save_model
 from flexolmo_megatron.convert.rows import is_row, untuned, use_rows
+from flexolmo_megatron.errors import REQUEUE_STATUS
 from flexolmo_megatron.exchange.digest import model_digest
 from tests.distributed import run_distributed
 from tests.random_models import SIZES, lazy_model, random_model, tensors_of
@@ -300,3 +303,22 @@ def test_a_run_of_another_merged_model_or_with_other_proxies_is_not_resumed(fold
     assert main(options(folder, tmp_path / "run", f"data.proxies.math=[{folder}/other]")) == 2
     assert "data.proxies = " in capsys.readouterr().err
     assert json.loads((tmp_path / "run/checkpoints/step_00000001/flexolmo.json").read_text())["kind"] == "router"
+
+
+def test_a_signal_during_a_later_set_marks_the_whole_run(folder, run, tmp_path, monkeypatch):
+    from flexolmo_megatron.training import loop
+
+    def step(self, iterators):
+        if self.run.name == "code" and self.state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, iterators)
+
+    real = loop._Run._step
+    monkeypatch.setattr(loop._Run, "_step", step)
+    assert main(options(folder, tmp_path / "run", "--leave-one-out")) == REQUEUE_STATUS
+    assert (tmp_path / "run" / "requeue").read_text() == "SIGTERM at step 3\n"
+    monkeypatch.undo()
+    assert main(options(folder, tmp_path / "run", "--leave-one-out")) == 0
+    assert not (tmp_path / "run" / "requeue").exists()
+    ours, theirs = open_model(tmp_path / "run"), open_model(run)
+    assert model_digest(use_rows(ours, "without-code")) == model_digest(use_rows(theirs, "without-code"))
