@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from flexolmo_megatron.launch.config import Expert, ExpertsJob, LaunchConfig, SlurmConfig, training_of
+from flexolmo_megatron.launch.config import Expert, ExpertsJob, LaunchConfig, MergeJob, SlurmConfig, training_of
 from flexolmo_megatron.launch.load import job_slurm
 
 
@@ -79,20 +79,33 @@ def render_merge(config: LaunchConfig) -> str:
     packages += [shlex.quote(path) for path in job.packages]
     return _render("merge", config, "logs/merge.log", anchor=shlex.quote(published_anchor(config)),
                    packages="\n".join(f"        {path}" for path in packages), merge=shlex.join(job.merge_arguments),
-                   evaluation=_evaluation(names, job.domains, job.eval_arguments))
+                   evaluation=_evaluation(names, job, {"merged": "$out/merged"}, "evaluation"))
 
 
-def _evaluation(names: list[str], domains: dict[str, list[str]], arguments: list[str]) -> str:
-    """The public model, the merged one, and the merged one without each expert, on every domain."""
+def render_router(config: LaunchConfig) -> str:
+    """The script that tunes the merged model's router and evaluates."""
+    job = config.router
+    assert job is not None and config.merge is not None
+    names = list(config.experts.each) if config.experts else []
+    models = {"merged": "$out/merged", "tuned": "$run/model"}
+    return _render("router", config, "logs/router.log", anchor=shlex.quote(published_anchor(config)),
+                   training=_training(job.preset, job.config, job.options),
+                   evaluation=_evaluation(names, config.merge, models, "evaluation_tuned"))
+
+
+def _evaluation(names: list[str], merge: MergeJob, models: dict[str, str], folder: str) -> str:
+    """The public model, others, and the last of them without each expert, on every domain."""
+    domains, arguments = merge.domains, merge.eval_arguments
     if not domains:
         return ""
-    words = ['--model public="$anchor"', '--model merged="$out/merged"']
-    words += [f'--model {shlex.quote(f"without {name}=")}"$out/merged"@-{shlex.quote(name)}' for name in names]
+    words = ['--model public="$anchor"', *(f'--model {name}="{path}"' for name, path in models.items())]
+    last = list(models.values())[-1]
+    words += [f'--model {shlex.quote(f"without {name}=")}"{last}"@-{shlex.quote(name)}' for name in names]
     words += [f"--domain {shlex.quote(f'{name}={pattern}')}" for name, patterns in domains.items()
               for pattern in patterns]
     words += [shlex.join(arguments)] if arguments else []
-    lines = ['single eval --out "$out/evaluation" --reference public --routing', *words]
-    return 'if [ ! -e "$out/evaluation" ]; then\n    ' + " \\\n        ".join(lines) + "\nfi"
+    lines = [f'single eval --out "$out/{folder}" --reference public --routing', *words]
+    return f'if [ ! -e "$out/{folder}" ]; then\n    ' + " \\\n        ".join(lines) + "\nfi"
 
 
 def _training(preset: str | None, configs: list[str], options: list[str]) -> str:
@@ -105,6 +118,7 @@ def _render(stage: str, config: LaunchConfig, log: str, **values: str) -> str:
     text = _BatchFile(template(f"{stage}.sbatch")).substitute(
         sbatch="\n".join(f"#SBATCH {line}" for line in _sbatch_lines(stage, config, slurm, log)),
         setup="\n".join(slurm.setup), out=shlex.quote(config.out), python=slurm.python, requeues=slurm.requeues,
+        warn_seconds=slurm.warn_seconds,
         srun_options=" ".join(_options(slurm.srun_options)), **values)
     lines = [line.rstrip() for line in text.splitlines()]
     # Where nothing was filled in, one empty line is enough.

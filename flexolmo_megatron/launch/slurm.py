@@ -7,11 +7,19 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from flexolmo_megatron.config.card import TUNED_MODEL
 from flexolmo_megatron.config.load import save_config
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import atomic_file, read_json, write_json
 from flexolmo_megatron.launch.config import LaunchConfig
-from flexolmo_megatron.launch.render import package_of, render_anchor, render_experts, render_merge, template
+from flexolmo_megatron.launch.render import (
+    package_of,
+    render_anchor,
+    render_experts,
+    render_merge,
+    render_router,
+    template,
+)
 
 FUNCTIONS = "functions.sh"
 ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
@@ -23,7 +31,7 @@ class Job:
     """One script to submit."""
 
     stage: str
-    """anchor, experts or merge."""
+    """anchor, experts, merge or router."""
     script: Path
     """Where it is saved."""
     text: str
@@ -61,6 +69,10 @@ def plan_jobs(config: LaunchConfig) -> list[Job]:
         evaluated = not config.merge.domains or Path(out, "evaluation").exists()
         if not (Path(out, "merged").exists() and evaluated):
             jobs.append(_job("merge", out, render_merge(config), jobs))
+    if config.router:
+        evaluated = not config.merge.domains or Path(out, "evaluation_tuned").exists()
+        if not (Path(out, "router", TUNED_MODEL).exists() and evaluated):
+            jobs.append(_job("router", out, render_router(config), jobs))
     return jobs
 
 
