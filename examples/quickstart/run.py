@@ -29,10 +29,12 @@ OWNER_OPTIONS = (
     "optimizer.lr=1e-3",
     "optimizer.min_lr=1e-4",
     "expert.domain_loss_coeff=0.025",
+    "moe_z_loss_coeff=0",
 )
 """Beyond the paper's setting, since a model this small cannot tell domains apart by itself: half of an owner's samples
 are public text, the router row learns to tell the two apart by a margin that is the same for all owners, and a small
-learning rate keeps the experts close enough to the anchor to be mixed."""
+learning rate keeps the experts close enough to the anchor to be mixed. No z-loss: it teaches an expert to push the
+residual stream against the anchor's row, which after merging takes tokens from everybody else."""
 
 
 class Quickstart:
