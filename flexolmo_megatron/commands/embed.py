@@ -58,9 +58,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     privacy.add_argument("--delta", type=float, default=1e-6, metavar="D",
                          help="should be far below 1 / number of documents (default: %(default)s)")
     privacy.add_argument("--clip", type=float, default=1.0, metavar="NORM",
-                         help="longest row of a document's embedding; longer ones are shortened. The default is the norm of "
-                              "what other embedders give; with the anchor it averages directions alone (default: "
-                              "%(default)s)")
+                         help="longest row of a document's embedding; longer ones are shortened. The default is "
+                              "the norm of what other embedders give; with the anchor it averages directions alone "
+                              "(default: %(default)s)")
     parser.add_argument("--publish", metavar="DIR",
                         help="also write the published anchor, a FlexOlmo model with one expert, to this new directory")
     parser.add_argument("--format", choices=("hf", "megatron"), default="hf",

@@ -81,15 +81,19 @@ def _register_merge(subparsers: argparse._SubParsersAction) -> None:
 
 def _register_inspect(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
-        "inspect", help="what is in a checkpoint or package",
+        "inspect", help="what is in a checkpoint or package, or how similar domain vectors are",
         description="Show kind, architecture, number of parameters, dtype and size, and every expert with where it "
                     "came from; of a model whose router was tuned also on whom its router rows depend, and which "
-                    "guarantee holds where an expert is left out. Reads headers only, unless --digest is given.")
-    parser.add_argument("path", metavar="PATH",
-                        help="Megatron checkpoint, Hugging Face directory, training run or expert package")
+                    "guarantee holds where an expert is left out. Reads headers only, unless --digest is given. "
+                    "Of domain vectors (.npz), show how each was made and how similar they are.")
+    parser.add_argument("path", nargs="+", metavar="PATH",
+                        help="Megatron checkpoint, Hugging Face directory, training run or expert package; or any "
+                             "number of domain vectors")
     parser.add_argument("--digest", action="store_true",
                         help="also read all tensors: compute a model's digest; check a package's sha256")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--plot", metavar="FILE",
+                        help="of domain vectors: also draw where they lie, in two dimensions, as a PNG file")
     parser.set_defaults(run=run_inspect)
 
 
@@ -199,7 +203,18 @@ def run_inspect(args: argparse.Namespace) -> None:
     from flexolmo_megatron.convert.progress import byte_progress
     from flexolmo_megatron.exchange.inspect import describe, render
 
-    description = describe(args.path, digest=args.digest, progress=partial(byte_progress, what="digest"))
+    if all(path.endswith(".npz") for path in args.path):
+        from flexolmo_megatron.domain.similarity import describe_vectors, plot_vectors
+        from flexolmo_megatron.domain.similarity import render_vectors as render
+
+        description = describe_vectors(args.path)
+        if args.plot:
+            plot_vectors(args.path, args.plot)
+    elif len(args.path) > 1 or args.plot:
+        raise FlexOlmoError(f"{' '.join(args.path)}: expected one checkpoint or package, or else domain vectors (.npz) "
+                            "alone, which --plot can draw")
+    else:
+        description = describe(args.path[0], digest=args.digest, progress=partial(byte_progress, what="digest"))
     if args.json:
         print(json.dumps(description, indent=2))
     else:

@@ -58,7 +58,7 @@ class GaussianMechanism:
 
 
 def gaussian_delta(sigma: float, epsilon: float) -> float:
-    """The smallest delta of noise ``sigma`` at a sensitivity of 1: Balle and Wang 2018 (arXiv 1805.06530), theorem 8."""
+    """The smallest delta of noise ``sigma`` at sensitivity 1: Balle and Wang 2018 (arXiv 1805.06530), theorem 8."""
     from scipy.special import log_ndtr
 
     left = log_ndtr(0.5 / sigma - epsilon * sigma)

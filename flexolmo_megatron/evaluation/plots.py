@@ -243,6 +243,29 @@ def plot_scores(histogram: Mapping[str, Sequence[float]], path: str | os.PathLik
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
 
 
+def plot_domains(positions: Mapping[str, Sequence[float]], shares: tuple[float, float],
+                 path: str | os.PathLike) -> None:
+    """Draw where domain vectors lie relative to each other.
+
+    Args:
+        positions: x and y of each domain.
+        shares: of the variance along both axes.
+        path: of the PNG file.
+    """
+    with _figure(path, 1, 1, 6.5, 5.5) as (_, axes):
+        axis: Axes = axes[0, 0]
+        for index, (name, (x, y)) in enumerate(positions.items()):
+            axis.scatter([x], [y], s=70, color=_COLOURS[index % len(_COLOURS)], zorder=2)
+            axis.annotate(name, (x, y), xytext=(7, 5), textcoords="offset points", fontsize=9)
+        axis.set_aspect("equal", adjustable="datalim")
+        axis.margins(0.2)
+        axis.set_xlabel(f"first principal component ({100 * shares[0]:.0f} % of the variance)")
+        axis.set_ylabel(f"second principal component ({100 * shares[1]:.0f} %)")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title("Domain vectors, as rows of norm 1", fontsize=11)
+
+
 def _series(steps: Mapping[int, Mapping[str, float]], key: str) -> tuple[Sequence[int], Sequence[float]]:
     found = {step: record[key] for step, record in steps.items() if record.get(key) is not None}
     return list(found), list(found.values())
