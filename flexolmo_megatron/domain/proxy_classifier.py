@@ -159,8 +159,3 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> Quality:
 
     return Quality(float(balanced_accuracy_score(labels, logits > 0)), float(roc_auc_score(labels, logits)),
                    int(labels.sum()), int((1 - labels).sum()))
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Probability float64 of each logit."""
-    return 0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64)))
