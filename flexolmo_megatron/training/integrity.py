@@ -90,8 +90,8 @@ def _damage_at_first_sight(folder: Path) -> tuple[str | None, Files]:
         return f"{RECORD_FILE} is damaged", {}
     if version > FORMAT_VERSION:
         raise FlexOlmoError(
-            f"{record}: format_version = {version}: expected {FORMAT_VERSION}; a later version of flexolmo-megatron has "
-            f"written this checkpoint: go on with that one, or name a new folder (out)"
+            f"{record}: format_version = {version}: expected {FORMAT_VERSION}; a later version of flexolmo-megatron "
+            f"has written this checkpoint: go on with that one, or name a new folder (out)"
         )
     if missing := sorted(set(SMALL_FILES) - set(hashes)):
         return f"{RECORD_FILE} does not name {missing[0]}", {}

@@ -1,5 +1,6 @@
 """The folder of a run: who may use it, and what a launch changes in it before the first step."""
 
+from operator import attrgetter
 from pathlib import Path
 
 from flexolmo_megatron.config.load import load_config, save_config
@@ -28,7 +29,7 @@ def check_folder(run: Path, mode: Mode, config: TrainConfig) -> None:
             f"out = {run} holds a run of `train {mark.read_text().strip()}`, not of `train {mode}`; name a new folder"
         )
     if all_step_folders(run) and (run / "config.yaml").is_file():
-        _check_same_samples(load_config(TrainConfig, paths=[str(run / "config.yaml")]), config)
+        _check_same_course(load_config(TrainConfig, paths=[str(run / "config.yaml")]), config)
 
 
 def claim(run: Path, mode: Mode, config: TrainConfig, found: Found) -> None:
@@ -59,17 +60,14 @@ def claim(run: Path, mode: Mode, config: TrainConfig, found: Found) -> None:
     set_aside(found.damaged)
 
 
-def _check_same_samples(before: TrainConfig, now: TrainConfig) -> None:
-    """Megatron draws the order of samples anew for another number of them: a run can only go on with the same one."""
-    for name in ("train_iters", "global_batch_size", "seed"):
-        old, new = getattr(before, name), getattr(now, name)
+def _check_same_course(before: TrainConfig, now: TrainConfig) -> None:
+    """Megatron draws the order of samples anew for another number of them: a run can only go on with the same one. And
+    checkpoints hold other optimizer tensors with master weights, and with the distributed optimizer."""
+    samples = ("train_iters", "global_batch_size", "seed")
+    data = [f"data.{name}" for name in ("train", "public", "public_share", "proxies", "seq_length")]
+    for name in (*samples, *data, "bf16", "optimizer.use_distributed_optimizer"):
+        old, new = attrgetter(name)(before), attrgetter(name)(now)
         if old != new:
             raise FlexOlmoError(
                 f"{name} = {new}: the run in {now.out} began with {old} and can only be resumed with that"
-            )
-    for name in ("train", "public", "public_share", "proxies", "seq_length"):
-        old, new = getattr(before.data, name), getattr(now.data, name)
-        if old != new:
-            raise FlexOlmoError(
-                f"data.{name} = {new}: the run in {now.out} began with {old} and can only be resumed with that"
             )

@@ -138,6 +138,63 @@ def fails_on_rank_1() -> None:
     begin, loop.start = loop.start, start
 
 
+def no_room_on_rank_1() -> None:
+    """Rank 1 alone has no memory for its part of the model."""
+    from flexolmo_megatron.training import start
+
+    build = start._build
+
+    def failing(*args: Any, **options: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            raise RuntimeError("out of memory")
+        return build(*args, **options)
+
+    start._build = failing
+
+
+def _vector_fails_on(rank: str) -> None:
+    from flexolmo_megatron.training import start
+
+    load = start.load_vector
+
+    def failing(path: Any) -> Any:
+        if os.environ["RANK"] == rank:
+            raise KeyError("vectors")
+        return load(path)
+
+    start.load_vector = failing
+
+
+def no_vector_on_rank_0() -> None:
+    """Rank 0 cannot read the domain vector."""
+    _vector_fails_on("0")
+
+
+def no_vector_on_rank_1() -> None:
+    """The file of the domain vector is on the first node alone."""
+    _vector_fails_on("1")
+
+
+def asked_to_stop_while_starting() -> None:
+    """Rank 1 is sent SIGTERM before the first step."""
+    from flexolmo_megatron.training import loop
+
+    build = loop.build_datasets
+
+    def signalled(**options: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return build(**options)
+
+    loop.build_datasets = signalled
+
+
+def output_to_a_full_disk() -> None:
+    """Nothing that rank 0 prints on standard output can be written."""
+    if os.environ["RANK"] == "0":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
 def slow_steps() -> None:
     """Steps of 50 ms at least, so that a test can act between two of them."""
     from flexolmo_megatron.training import loop

@@ -58,7 +58,8 @@ def steps_done(run):
 
 
 def test_twenty_kills(launcher, expert_options, metrics, tmp_path):
-    """Of either rank: five during the start, five between or within steps, ten while a checkpoint is being written."""
+    """Of either rank: five during the start, five between or within steps, ten while a checkpoint is being written, of
+    these five in the background."""
     options = [*PAIR, "train_iters=140", f"save_interval={SAVE_INTERVAL}", "optimizer.router_lr=1e-2"]
     began = time.monotonic()
     launcher.start(expert_options(tmp_path / "unbroken", *options))
@@ -69,8 +70,8 @@ def test_twenty_kills(launcher, expert_options, metrics, tmp_path):
     randomness = random.Random(20)
     resumed = 0
     for kill in range(20):
-        before = checkpoints(run)
-        launcher.start(expert_options(run, *options), fault="slow_saves" if kill % 2 else "")
+        before, background = checkpoints(run), f"async_save={str(kill % 4 == 1).lower()}"
+        launcher.start(expert_options(run, *options, background), fault="slow_saves" if kill % 2 else "")
         if kill % 2:
             known = set((run / "checkpoints").glob(".step_*"))
             wait_until(lambda known=known: set((run / "checkpoints").glob(".step_*")) - known, launcher)
@@ -78,7 +79,10 @@ def test_twenty_kills(launcher, expert_options, metrics, tmp_path):
             goal = max(before, default=0) + randomness.randrange(1, 3 * SAVE_INTERVAL)
             wait_until(lambda goal=goal: steps_done(run) >= goal, launcher)
         else:
-            time.sleep(randomness.uniform(0, startup))
+            ends, going = time.monotonic() + randomness.uniform(0, startup), max(before, default=0) + SAVE_INTERVAL
+            wait_until(
+                lambda ends=ends, going=going: time.monotonic() > ends or steps_done(run) > going, launcher
+            )
         time.sleep(randomness.uniform(0, 0.05))
         os.kill(launcher.pids[randomness.randrange(2)], signal.SIGKILL)
         time.sleep(randomness.uniform(0, 0.05))
@@ -111,10 +115,12 @@ def test_a_signal_to_one_rank_stops_all(launcher, expert_options, metrics, tmp_p
         assert checkpoints(run)[-1] == stops[-1]
         assert f"{number.name}: stopped after step {stops[-1]} of 24, which is saved" in launcher.output(rank)
         assert (run / "requeue").read_text() == f"{number.name} at step {stops[-1]}\n"
+        assert "frozen parameters" not in launcher.output()  # their hash would take the time that is for saving
     assert 3 <= stops[0] < stops[1] < 24
     launcher.start(expert_options(run, *options))
     assert launcher.wait() == [0, 0], launcher.output()
     assert not (run / "requeue").exists()
+    assert "frozen parameters unchanged" in launcher.output()
     assert essence(metrics(run)) == essence(metrics(tmp_path / "unbroken"))
     assert set(checkpoints(run)) == {5, 10, 15, 20, 24, *stops}
     assert model_digest(open_model(run)) == model_digest(open_model(tmp_path / "unbroken"))
@@ -206,6 +212,49 @@ def test_what_one_rank_meets_all_ranks_say_and_the_run_stays_as_it_was(launcher,
     assert launcher.wait() == [2, 2], launcher.output()
     assert "is a folder with other things in it" in launcher.output(1)
     assert _snapshot(run) == before and len(list((run / "checkpoints").iterdir())) == 2
+
+
+PIPELINE = ["parallel.pipeline=2", "global_batch_size=4", "micro_batch_size=2"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "statuses", "said"),
+    [
+        ("no_room_on_rank_1", [99, 99], ["RuntimeError: rank 1: RuntimeError: out of memory", "Error: out of memory"]),
+        ("no_vector_on_rank_0", [99, 99], ["KeyError: 'vectors'", "RuntimeError: rank 0: KeyError: 'vectors'"]),
+        ("no_vector_on_rank_1", [0, 0], ["frozen parameters unchanged", ""]),
+    ],
+)
+def test_no_stage_of_a_pipeline_waits_for_one_that_cannot_start(
+    launcher, expert_options, tmp_path, fault, statuses, said
+):
+    launcher.start(expert_options(tmp_path / "run", *PIPELINE, "stop_after=1"), fault=fault)
+    assert launcher.wait(60) == statuses, launcher.output()
+    for rank, text in enumerate(said):
+        assert text in launcher.output(rank)
+
+
+def test_a_signal_during_the_start_is_not_paid_for_with_a_step(launcher, expert_options, tmp_path):
+    run = tmp_path / "run"
+    for step in (0, 2):
+        launcher.start(expert_options(run, *PAIR), fault="asked_to_stop_while_starting")
+        assert launcher.wait() == [75, 75], launcher.output()
+        said = f"SIGTERM: stopped before step {step + 1} of 6, with nothing new to save; the same command goes on"
+        assert said in launcher.output(0) and said in launcher.output(1)
+        assert (run / "requeue").read_text() == f"SIGTERM at step {step}\n"
+        assert checkpoints(run) == [2] * bool(step) and steps_done(run) == step
+        if not step:
+            launcher.start(expert_options(run, *PAIR, "stop_after=2"))
+            assert launcher.wait() == [0, 0], launcher.output()
+            assert not (run / "requeue").exists()
+
+
+def test_output_that_cannot_be_written_ends_no_run(launcher, expert_options, metrics, tmp_path):
+    run = tmp_path / "run"
+    launcher.start(expert_options(run, *PAIR, "log_interval=1"), fault="output_to_a_full_disk")
+    assert launcher.wait() == [0, 0], launcher.output(1)
+    assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4, 5, 6] and checkpoints(run) == [6]
+    assert launcher.output(0) == ""
 
 
 def _environment(**more):

@@ -62,11 +62,13 @@ def test_a_run_of_another_kind_and_a_foreign_folder_are_refused(world, expert_op
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_other_samples_are_refused(expert_options, tmp_path, capsys):
+def test_other_samples_or_optimizer_tensors_are_refused(expert_options, tmp_path, capsys):
     assert main(expert_options(tmp_path / "run", "stop_after=1")) == 0
     for option, message in (
         ("train_iters=7", "train_iters = 7: the run in"),
         ("data.seq_length=16", "data.seq_length = 16: the run in"),
+        ("bf16=true", "bf16 = True: the run in"),
+        ("optimizer.use_distributed_optimizer=true", "optimizer.use_distributed_optimizer = True: the run in"),
     ):
         assert main(expert_options(tmp_path / "run", option)) == 2
         error = capsys.readouterr().err
