@@ -295,7 +295,8 @@ def test_options_of_router_tuning_are_refused_elsewhere(folder, tmp_path, capsys
 
 def test_a_run_of_another_merged_model_or_with_other_proxies_is_not_resumed(folder, tmp_path, capsys):
     assert main(options(folder, tmp_path / "run", "stop_after=1")) == 0
-    save_model(random_model("moe", 3, 2, bias=True, seed=5), tmp_path / "other", "megatron")
+    other = random_model("moe", 3, 2, bias=True, seed=5, sizes=replace(SIZES, vocab_size=264))
+    save_model(other, tmp_path / "other", "megatron")
     assert main(options(folder, tmp_path / "run", f"merged={tmp_path}/other")) == 2
     error = capsys.readouterr().err
     assert "belongs to another run: its merged model's digest is" in error
