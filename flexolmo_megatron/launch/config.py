@@ -1,6 +1,7 @@
 """The YAML file of `flexolmo launch`: which jobs there are, and what each asks of Slurm; ``load.py`` reads it."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -28,9 +29,10 @@ class SlurmConfig:
     cpus_per_task: int | None = None
     """Processors of each training process; by default Slurm's, which is 1."""
     warn_seconds: int = 300
-    """Seconds before the time limit at which training is told to save and to stop. A checkpoint must take less."""
+    """Seconds before the time limit at which training is told to save and to stop. A checkpoint must take less. At most
+    half of the time limit."""
     requeues: int = 50
-    """How often a job may put itself back into the queue."""
+    """How often a job may put itself back into the queue; preemptions do not count."""
     setup: list[str] = field(default_factory=list)
     """Shell lines before anything else, for example module load, source .venv/bin/activate, export NCCL_…."""
     python: str = "python"
@@ -38,7 +40,7 @@ class SlurmConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Further options of sbatch, for example {mem: 0, exclusive: true, constraint: a100}."""
     srun_options: dict[str, Any] = field(default_factory=dict)
-    """Options of every srun, for example {container-image: image.sqsh}."""
+    """Options of every srun, for example {container-image: image.sqsh}. The shell does not expand them."""
 
     @property
     def processes_per_node(self) -> int:
@@ -153,3 +155,21 @@ class LaunchConfig:
 def training_of(experts: ExpertsJob, expert: Expert) -> ExpertsJob:
     """The training options of one expert: those of all, then its own."""
     return replace(experts, config=[*experts.config, *expert.config], options=[*experts.options, *expert.options])
+
+
+def published_anchor(config: LaunchConfig) -> str:
+    """Where the experts' anchor is, or will be."""
+    return config.published or str(Path(config.out, "anchor"))
+
+
+def given_options(config: LaunchConfig, stage: str, expert: str = "") -> dict[str, str]:
+    """The options that a script adds to those of its training run; the templates have them as shell variables."""
+    if stage == "anchor":
+        return {"out": f"{config.out}/anchor_run"}
+    if stage == "router":
+        return {"out": f"{config.out}/router", "merged": f"{config.out}/merged"}
+    assert config.experts is not None
+    folder = f"{config.out}/experts/{expert}"
+    vector = config.experts.each[expert].domain_vector or f"{folder}/domain.npz"
+    return {"out": f"{folder}/run", "anchor": published_anchor(config), "expert.name": expert,
+            "expert.domain_vector": vector}

@@ -1,8 +1,10 @@
 """Reading and checking a launch: what is wrong is said before anything waits in a queue."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import is_dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -11,20 +13,28 @@ from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flexolmo_megatron.config.layout import data_parallel_size
-from flexolmo_megatron.config.load import load_config
+from flexolmo_megatron.config.load import load_config, parse_override
 from flexolmo_megatron.config.train import RouterTrainConfig, TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError, nearest
 from flexolmo_megatron.exchange.manifest import check_expert_name
-from flexolmo_megatron.launch.config import AnchorJob, ExpertsJob, LaunchConfig, RouterJob, SlurmConfig, training_of
+from flexolmo_megatron.launch.config import (
+    AnchorJob,
+    ExpertsJob,
+    LaunchConfig,
+    RouterJob,
+    SlurmConfig,
+    given_options,
+    training_of,
+)
 
 TIME = re.compile(r"(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+:\d{1,2}(:\d{1,2})?|UNLIMITED|INFINITE)")
 OPTION = re.compile(r"[a-z][a-z0-9-]*")
 TAKEN = {
     "account": "slurm.account", "partition": "slurm.partition", "qos": "slurm.qos", "time": "slurm.time",
     "nodes": "slurm.nodes", "gpus-per-node": "slurm.gpus_per_node", "ntasks-per-node": "slurm.tasks_per_node",
-    "cpus-per-task": "slurm.cpus_per_task", "signal": "slurm.warn_seconds",
-    **dict.fromkeys(("array", "chdir", "dependency", "error", "job-name", "kill-on-bad-exit", "kill-on-invalid-dep",
-                     "no-requeue", "ntasks", "open-mode", "output", "requeue", "wait")),
+    "cpus-per-task": "slurm.cpus_per_task", "signal": "slurm.warn_seconds", "gpus-per-task": "slurm.gpus_per_node",
+    **dict.fromkeys(("array", "chdir", "clusters", "dependency", "error", "export", "job-name", "kill-on-bad-exit",
+                     "kill-on-invalid-dep", "no-requeue", "ntasks", "open-mode", "output", "requeue", "wait")),
 }
 """Options of sbatch and srun that have a place of their own here, or that the scripts need as they are (None)."""
 
@@ -49,9 +59,7 @@ def load_launch(path: str, overrides: Sequence[str] = ()) -> LaunchConfig:
     if not isinstance(values, DictConfig):
         raise FlexOlmoError(f"{path}: expected a mapping of options at the top")
     for override in overrides:
-        if "=" not in override:
-            raise FlexOlmoError(f"{override!r}: expected an override of the form key=value")
-        values = OmegaConf.merge(values, OmegaConf.from_dotlist([override]))
+        values = OmegaConf.merge(values, parse_override(LaunchConfig, override))
     config = _checked(LaunchConfig, values, path)
     _check(config, path)
     return config
@@ -116,9 +124,14 @@ def _check_slurm(slurm: SlurmConfig, stage: str) -> None:
         value = getattr(slurm, name)
         if value is not None and value < least:
             raise FlexOlmoError(f"slurm.{name} = {value} (job {stage}): expected at least {least}")
-    if slurm.time is not None and not TIME.fullmatch(slurm.time):
-        raise FlexOlmoError(f"slurm.time = {slurm.time!r} (job {stage}): expected hours:minutes:seconds or "
-                            "days-hours:minutes:seconds")
+    if slurm.time is not None:
+        if not TIME.fullmatch(slurm.time):
+            raise FlexOlmoError(f"slurm.time = {slurm.time!r} (job {stage}): expected hours:minutes:seconds or "
+                                "days-hours:minutes:seconds")
+        if _seconds(slurm.time) <= 2 * slurm.warn_seconds:
+            raise FlexOlmoError(f"slurm.time = {slurm.time!r} (job {stage}) is {_seconds(slurm.time):g} s: expected "
+                                f"more than twice slurm.warn_seconds = {slurm.warn_seconds}, which leave no time to "
+                                "train")
     for name in ("account", "partition", "qos"):
         _check_value(f"slurm.{name}", getattr(slurm, name))
     for section in ("options", "srun_options"):
@@ -129,6 +142,16 @@ def _check_slurm(slurm: SlurmConfig, stage: str) -> None:
                 instead = f"{TAKEN[name]} instead" if TAKEN[name] else "no such option, the scripts set it"
                 raise FlexOlmoError(f"slurm.{section}.{name}: expected {instead}")
             _check_value(f"slurm.{section}.{name}", value)
+
+
+def _seconds(time: str) -> float:
+    """Of a time limit as Slurm reads it: days-hours:minutes:seconds, hours:minutes:seconds or minutes:seconds."""
+    if not time[0].isdigit():
+        return math.inf
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    hours, minutes, seconds = [*parts, 0, 0][:3] if dash or len(parts) == 3 else [0, *parts]
+    return int(days or 0) * 86_400 + hours * 3600 + minutes * 60 + seconds
 
 
 def _check_value(name: str, value: Any) -> None:
@@ -153,9 +176,9 @@ def _check(config: LaunchConfig, path: str) -> None:
         if not config.anchor.documents:
             raise FlexOlmoError(f"{path}: anchor.documents is empty: expected the files that the public router row is "
                                 "made of")
-        _check_training(config.anchor, job_slurm(config, "anchor"), f"{path}: anchor")
+        _check_training(config, "anchor", "", f"{path}: anchor")
     if config.experts:
-        _check_experts(config.experts, job_slurm(config, "experts"), path)
+        _check_experts(config, config.experts, path)
     if config.merge and not config.experts and not config.merge.packages:
         raise FlexOlmoError(f"{path}: merge.packages is empty and there is no section experts: nothing to merge")
     if config.router:
@@ -165,7 +188,7 @@ def _check(config: LaunchConfig, path: str) -> None:
 def _check_router(config: LaunchConfig, path: str) -> None:
     if config.merge is None:
         raise FlexOlmoError(f"{path}: there is a section router and no section merge, whose model it tunes")
-    training = _check_training(config.router, job_slurm(config, "router"), f"{path}: router")
+    training = _check_training(config, "router", "", f"{path}: router")
     if not training.data.proxies:
         raise FlexOlmoError(f"{path}: router: data.proxies is empty: expected proxies of at least one owner, as "
                             "data.proxies.NAME=[PREFIX]")
@@ -176,24 +199,47 @@ def _check_router(config: LaunchConfig, path: str) -> None:
                                     f"{nearest(name, config.experts.each)}")
 
 
-def _check_experts(experts: ExpertsJob, slurm: SlurmConfig, path: str) -> None:
+def _check_experts(config: LaunchConfig, experts: ExpertsJob, path: str) -> None:
     if not experts.each:
         raise FlexOlmoError(f"{path}: experts.each is empty: expected at least one expert")
     for name, expert in experts.each.items():
         check_expert_name(name)
         if bool(expert.documents) == (expert.domain_vector is not None):
             raise FlexOlmoError(f"{path}: experts.each.{name}: expected either documents or domain_vector")
-        _check_training(training_of(experts, expert), slurm, f"{path}: experts.each.{name}")
+        _check_training(config, "experts", name, f"{path}: experts.each.{name}")
 
 
-def _check_training(job: AnchorJob | ExpertsJob | RouterJob, slurm: SlurmConfig, where: str) -> TrainConfig:
-    """Check what `flexolmo train` will check, as far as that needs no model."""
+def training_config(config: LaunchConfig, stage: str, expert: str = "") -> TrainConfig:
+    """What `flexolmo train` will read in a job, every option that its script adds included.
+
+    Args:
+        config: the launch.
+        stage: anchor, experts or router.
+        expert: name of the expert in the job experts.
+
+    Raises:
+        FlexOlmoError: an option that there is not, or a value of a wrong type.
+    """
+    job: AnchorJob | ExpertsJob | RouterJob = getattr(config, stage)
+    if isinstance(job, ExpertsJob):
+        job = training_of(job, job.each[expert])
     schema = RouterTrainConfig if isinstance(job, RouterJob) else TrainConfig
+    overrides = [*job.options, *(f"{key}={value}" for key, value in given_options(config, stage, expert).items())]
+    return load_config(schema, preset=job.preset, paths=job.config, overrides=overrides)
+
+
+def _check_training(config: LaunchConfig, stage: str, expert: str, where: str) -> TrainConfig:
+    """Check what `flexolmo train` will check, as far as that needs no model."""
+    slurm = job_slurm(config, stage)
     try:
-        training = load_config(schema, preset=job.preset, paths=job.config, overrides=[*job.options, "out=here"])
+        training = training_config(config, stage, expert)
         training.validate(data_parallel_size(training.parallel, slurm.nodes * slurm.processes_per_node))
     except FlexOlmoError as error:
         raise FlexOlmoError(f"{where}: {error}") from None
+    for key, value in given_options(config, stage, expert).items():
+        if attrgetter(key)(training) != value:  # ${…}, which would be looked up
+            raise FlexOlmoError(f"{where}: {key} = {value!r} would be read as {attrgetter(key)(training)!r}: choose "
+                                "other names")
     if training.stop_after is not None:
         raise FlexOlmoError(f"{where}: stop_after = {training.stop_after}: a job ends by its time limit and goes on "
                             "after a requeue; leave stop_after out")

@@ -4,13 +4,22 @@ The templates are Slurm batch files with ``{{name}}`` where something goes in. E
 quoted for the shell, except ``setup`` and ``python``, which are meant for it.
 """
 
+import re
 import shlex
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from flexolmo_megatron.launch.config import Expert, ExpertsJob, LaunchConfig, MergeJob, SlurmConfig, training_of
+from flexolmo_megatron.launch.config import (
+    Expert,
+    ExpertsJob,
+    LaunchConfig,
+    MergeJob,
+    SlurmConfig,
+    published_anchor,
+    training_of,
+)
 from flexolmo_megatron.launch.load import job_slurm
 
 
@@ -23,11 +32,6 @@ class _BatchFile(Template):
 def template(name: str) -> str:
     """The text of a file in ``launch/templates``."""
     return files("flexolmo_megatron.launch").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-def published_anchor(config: LaunchConfig) -> str:
-    """Where the experts' anchor is, or will be."""
-    return config.published or str(Path(config.out, "anchor"))
 
 
 def package_of(config: LaunchConfig, name: str) -> Path:
@@ -118,8 +122,7 @@ def _render(stage: str, config: LaunchConfig, log: str, **values: str) -> str:
     text = _BatchFile(template(f"{stage}.sbatch")).substitute(
         sbatch="\n".join(f"#SBATCH {line}" for line in _sbatch_lines(stage, config, slurm, log)),
         setup="\n".join(slurm.setup), out=shlex.quote(config.out), python=slurm.python, requeues=slurm.requeues,
-        warn_seconds=slurm.warn_seconds,
-        srun_options=" ".join(_options(slurm.srun_options)), **values)
+        warn_seconds=slurm.warn_seconds, srun_options=shlex.join(_options(slurm.srun_options)), **values)
     lines = [line.rstrip() for line in text.splitlines()]
     # Where nothing was filled in, one empty line is enough.
     kept = [line for index, line in enumerate(lines) if line or index == 0 or lines[index - 1]]
@@ -136,16 +139,12 @@ def _sbatch_lines(stage: str, config: LaunchConfig, slurm: SlurmConfig, log: str
     given = {name: value for name, value in options.items() if value is not None}
     # Not to the batch shell, which has nothing to do but to wait for the processes that hear it.
     given |= {"requeue": True, "signal": f"USR1@{slurm.warn_seconds}", "kill-on-invalid-dep": "yes"}
-    return _options(given | slurm.options)
+    # sbatch reads these lines, not a shell: in quotation marks all but these, which load.py refuses, is itself.
+    return [word if re.fullmatch(r"[\w./:=,@%+-]+", word) else '{}="{}"'.format(*word.split("=", 1))
+            for word in _options(given | slurm.options)]
 
 
 def _options(options: dict[str, Any]) -> list[str]:
-    """``{mem: 0, exclusive: true}`` as ``--mem=0 --exclusive``; false leaves an option out."""
-    words = []
-    for name, value in options.items():
-        if value is None or value is True:
-            words.append(f"--{name}")
-        elif value is not False:
-            words.append(f"--{name}={value}" if str(value).isprintable() and not set(str(value)) & set(" '$`;&|<>()*?#")
-                         else f'--{name}="{value}"')
-    return words
+    """``{mem: 0, exclusive: true}`` as ``--mem=0`` and ``--exclusive``; false leaves an option out."""
+    return [f"--{name}" if value is None or value is True else f"--{name}={value}"
+            for name, value in options.items() if value is not False]

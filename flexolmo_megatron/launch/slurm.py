@@ -145,9 +145,17 @@ def _log(out: Path, job: Job, numbers: dict[str, str]) -> None:
 def _check_ended(record: Path) -> None:
     """Two launches into one folder would train the same runs twice."""
     for stage, entry in read_json(record, "the record of a launch").items():
-        result = subprocess.run(["squeue", "--noheader", "--format=%T", f"--jobs={entry['job']}"],
-                                capture_output=True, text=True)
-        states = [state for state in result.stdout.split() if state not in ENDED]  # nothing for a number long gone
+        try:
+            result = subprocess.run(["squeue", "--noheader", "--format=%T", f"--jobs={entry['job']}"],
+                                    capture_output=True, text=True)
+        except OSError as error:
+            raise FlexOlmoError(f"squeue cannot be started ({error.strerror}), to ask for job {entry['job']} ({stage}) "
+                                "of an earlier launch into the same folder") from None
+        if result.returncode and "Invalid job id" not in result.stderr:  # that is a number long gone
+            raise FlexOlmoError(f"squeue does not say whether job {entry['job']} ({stage}) of an earlier launch into "
+                                f"the same folder is over: {' '.join(result.stderr.split()) or 'no reason given'}; try "
+                                "again when it does")
+        states = [state for state in result.stdout.split() if state not in ENDED]
         if states:
             raise FlexOlmoError(f"job {entry['job']} ({stage}) of an earlier launch into the same folder is still "
                                 f"{states[0]}: wait for it, or end it with scancel {entry['job']}")

@@ -44,7 +44,7 @@ def launch_yaml(path: Path, out: Path, experts: dict, **sections) -> Path:
             for name, other in experts.items()}
     OmegaConf.save(OmegaConf.create({
         "out": str(out),
-        "slurm": {"nodes": 2, "time": "00:10:00", "python": sys.executable,
+        "slurm": {"nodes": 2, "time": "00:10:00", "warn_seconds": 60, "python": sys.executable,
                   "setup": [f"export OMP_NUM_THREADS=1 PYTHONPATH={ROOT}"]},
         "experts": {"options": options, "each": each},
         **sections,
@@ -192,7 +192,7 @@ def test_a_job_near_its_time_limit_and_one_that_lost_a_rank_end_with_the_same_re
     assert_same_expert(out, "code", whole)
     assert cluster.wait(f"{job}_1")["Restarts"] == "1", logs(out)
     log = (out / "launch.log").read_text()
-    assert f"expert sums (job {job}_1): crashed after step_00000030 in train (exit status 137): back into the" in log
+    assert f"expert sums (job {job}_1): crashed after step_00000030" in log
     assert_same_expert(out, "sums", whole)
     other = cluster.wait(f"{job}_0")
     assert (other["JobState"], other["Restarts"]) == ("COMPLETED", "0")

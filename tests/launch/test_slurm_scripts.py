@@ -11,6 +11,8 @@ import pytest
 
 from flexolmo_megatron.cli import main
 from flexolmo_megatron.commands.launch import EXAMPLE
+from flexolmo_megatron.config.load import load_config
+from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.errors import REQUEUE_STATUS
 from tests.slurm.cluster import unavailable
 
@@ -115,23 +117,36 @@ def test_dry_run_says_how_jobs_would_be_submitted_and_writes_nothing(capsys, lau
 
 
 def run_script(text: str, folder: Path, **environment: str) -> list[list[str]]:
-    """Run a job script with commands that only write down how they were called; returns the srun calls."""
+    """Run a job script with commands that only write down how they were called; returns the srun calls.
+
+    Of the environment, STATUS is the exit status of training and SINGLE of other steps; SAVES a checkpoint that
+    training leaves; LOGS a shell command, run in the folder of logs while training runs; STATE and LEFT what squeue
+    says; SQUEUE and REQUEUE how often squeue and `scontrol requeue` fail first.
+    """
     tools = folder / "tools"
-    tools.mkdir()
+    tools.mkdir(exist_ok=True)
+    failing = 'fail() {{ n=$(cat {0}/$1 2>/dev/null); echo $((${{n:-0}} + 1)) > {0}/$1; [ "${{n:-0}}" -lt "$2" ]; }}\n'
     for name, body in {
         "srun": f'printf "%s\\0" "$@" >> {folder}/calls; echo >> {folder}/calls\n'
-                'if [ "$SAVES" ]; then mkdir -p "out/experts/notes/run/checkpoints/$SAVES"; fi\nexit ${STATUS:-0}',
-        "scontrol": f'if [ "$1" = requeue ]; then echo "$2" >> {folder}/requeued; else echo one; echo two; fi',
-        "squeue": "echo ${STATE:-RUNNING}",
+                'case $* in *flexolmo_megatron.cli*) exit ${SINGLE:-0} ;; esac\n'
+                'if [ "$SAVES" ]; then mkdir -p "out/experts/notes/run/checkpoints/$SAVES"; fi\n'
+                'if [ "$LOGS" ]; then (cd out/logs/experts/notes && eval "$LOGS"); fi\nexit ${STATUS:-0}',
+        "scontrol": failing.format(folder) + 'if [ "$1" != requeue ]; then echo one; echo two; exit; fi\n'
+                    f'if fail scontrol_calls ${{REQUEUE:-0}}; then exit 1; fi\necho "$2" >> {folder}/requeued',
+        "squeue": failing.format(folder) + 'if fail squeue_calls ${SQUEUE:-0}; then echo busy >&2; exit 1; fi\n'
+                  'case $* in *%L*) echo ${LEFT:-1-02:03:04} ;; *) echo ${STATE:-RUNNING} ;; esac',
+        "sleep": f'echo "$1" >> {folder}/slept',
     }.items():
         (tools / name).write_text(f"#!/bin/bash\n{body}\n")
         (tools / name).chmod((tools / name).stat().st_mode | stat.S_IXUSR)
+    (folder / "calls").unlink(missing_ok=True)
     result = subprocess.run(
         ["bash"], input=text, text=True, capture_output=True, cwd=folder,
         env={"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "40017", "SLURM_JOB_NODELIST": "n[1-2]",
              **environment})
     (folder / "status").write_text(str(result.returncode))
-    return [line.rstrip("\0").split("\0") for line in (folder / "calls").read_text().splitlines()]
+    calls = folder / "calls"
+    return [line.rstrip("\0").split("\0") for line in calls.read_text().splitlines()] if calls.exists() else []
 
 
 @pytest.fixture
@@ -187,14 +202,38 @@ def test_commands_of_anchor_and_merge(saved, tmp_path):
         "--model", f"without notes={out}/merged@-notes", "--domain", "code=code_valid.jsonl"]
 
 
+def log_of(folder: Path) -> str:
+    return (folder / "out" / "launch.log").read_text()
+
+
+ERROR = "printf 'Traceback\\n  x\\nValueError: odd\\n' > train.rank_3.log"
+STOPPED = "echo 'flexolmo: r: stopped after step 4 of 9, which is saved; more' > train.rank_0.log"
+
+
 @pytest.mark.parametrize("status, environment, requeued, line", [
     ("75", {}, True, "interrupted in train (exit status 75): back into the queue"),
-    ("143", {"SLURM_RESTART_COUNT": "3"}, True, "interrupted in train (exit status 143): back into the queue"),
-    ("75", {"STATE": "COMPLETING"}, False, None),
-    ("75", {"SLURM_RESTART_COUNT": "50"}, False, "FAILED in train with exit status 75; see"),
-    ("1", {}, False, "FAILED in train with exit status 1; see"),
-    ("137", {}, False, "FAILED in train with exit status 137: killed, perhaps for want of memory; see"),
-    ("137", {"SAVES": "step_00000040"}, True, "crashed after step_00000040 in train (exit status 137): back into the"),
+    ("143", {"SLURM_RESTART_COUNT": "90"}, True, "interrupted in train (exit status 143): back into the queue"),
+    *(("75", {"STATE": state}, False, f"interrupted in train (exit status 75): left to Slurm, which is ending the job "
+       f"({state})") for state in ("COMPLETING", "CANCELLED", "PREEMPTED", "TIMEOUT")),
+    ("75", {"STATE": "SUSPENDED"}, True, "back into the queue"),
+    ("75", {"SQUEUE": "2", "STATE": "COMPLETING"}, False, "left to Slurm, which is ending the job (COMPLETING)"),
+    ("75", {"SQUEUE": "9", "STATE": "COMPLETING"}, True, "back into the queue"),
+    ("75", {"REQUEUE": "2"}, True, "back into the queue"),
+    ("75", {"REQUEUE": "3"}, False, "Slurm does not put it back into the queue"),
+    ("75", {"REQUEUE": "3"}, False, "FAILED in train with exit status 75; see"),
+    ("1", {}, True, "crashed in train (exit status 1): back into the queue"),
+    ("137", {}, True, "crashed (killed, perhaps for want of memory) in train (exit status 137): back into the queue"),
+    ("137", {"SAVES": "step_00000040"}, True, "crashed after step_00000040 (killed, perhaps for want of memory) in"),
+    ("137", {"LOGS": ERROR}, True, "crashed (rank 3: ValueError: odd) in train (exit status 137): back into"),
+    ("1", {"LOGS": "echo '[rank2]: a.b.OddError: c' > train.rank_2.log"}, True, "crashed (rank 2: a.b.OddError: c) in"),
+    # What processes say that lost another one tells nothing, if only there is something else.
+    ("1", {"LOGS": "echo 'DistBackendError: NCCL' > train.rank_0.log; " + ERROR}, True, "(rank 3: ValueError: odd)"),
+    ("1", {"LOGS": "echo 'DistBackendError: NCCL' > train.rank_0.log"}, True, "(rank 0: DistBackendError: NCCL)"),
+    # One process has refused its input, the others were killed.
+    ("137", {"LOGS": "echo 'flexolmo: a is bad' > train.rank_1.log; " + ERROR}, False,
+     "FAILED in train with exit status 2: rank 1: a is bad; see"),
+    ("137", {"LOGS": STOPPED}, True, "crashed (killed, perhaps for want of memory) in train"),
+    ("137", {"LOGS": f"{STOPPED}; {ERROR}"}, True, "crashed (rank 3: ValueError: odd) in train"),
     ("2", {"SAVES": "step_00000040"}, False, "FAILED in train with exit status 2; see"),
 ])
 def test_what_an_exit_status_leads_to(saved, tmp_path, status, environment, requeued, line):
@@ -202,9 +241,79 @@ def test_what_an_exit_status_leads_to(saved, tmp_path, status, environment, requ
     assert (tmp_path / "requeued").exists() is requeued
     if requeued:  # 40017 may stand for the whole array
         assert (tmp_path / "requeued").read_text() == "40016_1\n"
-    log = tmp_path / "out" / "launch.log"
-    assert (tmp_path / "status").read_text() == status
-    assert (line in log.read_text()) if line else not log.exists()
+    assert (tmp_path / "status").read_text() == ("2" if "exit status 2" in line else status)
+    assert line in log_of(tmp_path)
+
+
+def test_what_an_earlier_start_has_said_is_no_reason(saved, tmp_path):
+    script = saved("experts")
+    run_script(script, tmp_path, STATUS="2", LOGS="echo flexolmo: old > train.rank_0.log", **ARRAY)
+    run_script(script, tmp_path, STATUS="137", LOGS="echo 'step 1' >> train.rank_0.log", **ARRAY)
+    first, second = log_of(tmp_path).splitlines()
+    assert "FAILED in train with exit status 2: rank 0: old; see" in first
+    assert "crashed (killed, perhaps for want of memory) in train (exit status 137): back" in second
+
+
+def test_the_third_crash_in_a_row_without_progress_is_the_last(saved, tmp_path):
+    script = saved("experts")
+    for saves in ("", "", "step_00000010", "", "", ""):
+        assert "FAILED" not in (log_of(tmp_path) if (tmp_path / "out" / "launch.log").exists() else "")
+        run_script(script, tmp_path, STATUS="1", SAVES=saves, **ARRAY)
+    assert (tmp_path / "requeued").read_text().count("\n") == 5
+    *_, third, last = log_of(tmp_path).splitlines()
+    assert "the third crash in a row without a new checkpoint" in third and "FAILED in train with exit" in last
+
+
+def test_only_our_own_requeues_count(saved, tmp_path):
+    script = saved("experts", "slurm.requeues=2")
+    for _ in range(2):
+        run_script(script, tmp_path, STATUS="75", SLURM_RESTART_COUNT="7", **ARRAY)
+        run_script(script, tmp_path, STATUS="75", STATE="PREEMPTED", **ARRAY)
+    run_script(script, tmp_path, STATUS="75", **{**ARRAY, "SLURM_ARRAY_JOB_ID": "50000"})  # another submission
+    assert (tmp_path / "requeued").read_text() == "40016_1\n40016_1\n50000_1\n"
+    run_script(script, tmp_path, STATUS="75", **ARRAY)
+    assert "interrupted once more after 2 requeues, the most that slurm.requeues allows" in log_of(tmp_path)
+
+
+@pytest.mark.parametrize("environment, packs, requeued, line", [
+    ({"SAVES": "step_1", "SINGLE": "138"}, True, True, "interrupted in pack (exit status 138): back into the queue"),
+    ({"SINGLE": "138"}, True, False, "FAILED in pack with exit status 138: not done within the time limit"),
+    ({"SAVES": "step_1", "LEFT": "5:00"}, False, True, "stopped 300 s before the time limit in pack (exit status 75)"),
+    ({"SAVES": "step_1", "LEFT": "0:00"}, False, True, "stopped 0 s before the time limit in pack"),
+    ({"SAVES": "step_1", "LEFT": "5:01"}, True, False, "packed in"),
+    ({"SAVES": "step_1", "LEFT": "2-00:00:09"}, True, False, "packed in"),
+    ({"SAVES": "step_1", "LEFT": "UNLIMITED"}, True, False, "packed in"),
+    ({"SAVES": "step_1", "LEFT": "5:00", "SQUEUE": "3"}, True, False, "packed in"),
+    ({"LEFT": "5:00"}, True, False, "packed in"),  # the run had ended before: a new start would not have more time
+])
+def test_what_follows_training_does_not_die_with_the_time_limit(saved, tmp_path, environment, packs, requeued, line):
+    calls = run_script(saved("experts"), tmp_path, **ARRAY, **environment)
+    assert any("pack" in call for call in calls) is packs
+    assert (tmp_path / "requeued").exists() is requeued
+    assert line in log_of(tmp_path)
+
+
+def test_any_other_end_has_a_line(saved, tmp_path):
+    run_script(saved("experts").replace("\ntrain expert", "\nexit 7\ntrain expert"), tmp_path, **ARRAY)
+    assert f"ended with exit status 7; see {tmp_path}/out/logs/experts/notes." in log_of(tmp_path)
+
+
+def test_options_are_quoted_for_who_reads_them(saved, tmp_path):
+    script = saved("experts", "slurm.srun_options={container-image: 'a $HOME', x: true}", "slurm.options.comment=$A b")
+    assert sbatch_options(script)["comment"] == '"$A b"'
+    train, _ = run_script(script, tmp_path, **ARRAY)
+    assert "--container-image=a $HOME" in train and "--x" in train
+
+
+def test_text_reaches_training_as_it_stands(saved, tmp_path, launch_file):
+    launch_file.write_text(launch_file.read_text().replace("    notes:", "    '007':", 1))
+    script = saved("experts", f"out={tmp_path}/out #1")
+    (tmp_path / "out").rename(tmp_path / "out #1")
+    train, _ = run_script(script, tmp_path, **ARRAY)
+    overrides = [word for word in train[train.index("expert") + 1:] if "=" in word]
+    config = load_config(TrainConfig, preset="tiny", overrides=overrides)
+    assert (config.out, config.expert.name) == (f"{tmp_path}/out #1/experts/007/run", "007")
+    assert config.anchor == f"{tmp_path}/out #1/anchor"
 
 
 def test_functions_know_the_exit_status_of_a_run_that_was_asked_to_stop(capsys, launch_file):
@@ -225,7 +334,12 @@ def test_setup_and_odd_names_reach_the_shell_as_they_are(saved, tmp_path, launch
     (["expert={}"], "unknown option 'expert' (did you mean 'experts'?)"),
     (["experts.each.code.document=[x]"], "unknown option 'experts.each.code.document' (did you mean 'documents'?)"),
     (["experts.slurm.node=3"], "unknown option 'experts.slurm.node' (did you mean 'nodes'?)"),
-    (["slurm.time=43200"], "slurm.time = 43200: expected text in quotes, as '12:00:00'"),
+    (["slurm={time: 43200}"], "slurm.time = 43200: expected text in quotes, as '12:00:00'"),
+    (["slurm.time=43200"], "slurm.time = '43200' (job anchor): expected hours:minutes:seconds"),
+    (["slurm.time=00:10:00"], "slurm.time = '00:10:00' (job anchor) is 600 s: expected more than twice "
+                              "slurm.warn_seconds = 300"),
+    (["slurm.warn_seconds=64800"], "slurm.time = '1-12:00:00' (job anchor) is 129600 s: expected more than"),
+    (["experts.slurm={time: '12:30'}", "slurm.warn_seconds=400"], "(job experts) is 750 s: expected more than"),
     (["merge.slurm.time=7200"], "merge.slurm.time = 7200: expected text in quotes"),
     (["slurm.time=soon"], "slurm.time = 'soon' (job anchor): expected hours:minutes:seconds"),
     (["slurm.nodes=two"], "slurm.nodes: Value 'two' of type 'str' could not be converted to Integer"),
@@ -233,6 +347,9 @@ def test_setup_and_odd_names_reach_the_shell_as_they_are(saved, tmp_path, launch
     (["experts.slurm.nodes=0"], "slurm.nodes = 0 (job experts): expected at least 1"),
     (["slurm.options.partition=x"], "slurm.options.partition: expected slurm.partition instead"),
     (["slurm.options.array=0-3"], "slurm.options.array: expected no such option, the scripts set it"),
+    (["slurm.srun_options={export: NONE}"], "slurm.srun_options.export: expected no such option"),
+    (["slurm.options.clusters=x"], "slurm.options.clusters: expected no such option, the scripts set it"),
+    (["slurm.options={gpus-per-task: 1}"], "slurm.options.gpus-per-task: expected slurm.gpus_per_node instead"),
     (["slurm.options={-p: x}"], "'-p' is not the long name of an option"),
     (["slurm.options={comment: 'a \"b'}"], "expected text without quotation marks"),
     (["slurm.options={mem: [1]}"], "slurm.options.mem = [1]: expected one value"),
@@ -241,6 +358,7 @@ def test_setup_and_odd_names_reach_the_shell_as_they_are(saved, tmp_path, launch
     (["anchor.documents=[]"], "anchor.documents is empty"),
     (["experts.each.code.domain_vector=x.npz"], "experts.each.code: expected either documents or domain_vector"),
     (["experts=null"], "merge.packages is empty and there is no section experts"),
+    (["out=runs/${x}"], "Interpolation key 'x' not found"),
     (["out=runs/%j"], "out = 'runs/%j': expected a path without %"),
     (["anchor.preset=tinny"], "anchor: unknown preset 'tinny' (did you mean 'tiny'?)"),
     (["anchor.options=[]"], "anchor: data.train has no value"),
