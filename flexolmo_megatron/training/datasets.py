@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import TEMPORARY_SUFFIX
+from flexolmo_megatron.runtime.ranks import on_first_rank
 from flexolmo_megatron.training.dataset_info import DatasetInfo
 from flexolmo_megatron.training.tokenizer import Tokenizer
 
@@ -155,17 +156,9 @@ def build_datasets(*, train: str | Sequence[str | float] | None, valid: str | Se
               for name, given in (("train", train), ("valid", valid), ("test", test))}
     samples = {"train": train_samples, "valid": valid_samples, "test": test_samples}
 
-    prepared: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            prepared = [_prepare(blends, samples, sequence_length, seed, tokenizer, vocab_size, Path(cache_dir))]
-        except FlexOlmoError as error:
-            prepared = [str(error)]
-    torch.distributed.broadcast_object_list(prepared)
-    if isinstance(prepared[0], str):
-        raise FlexOlmoError(prepared[0])
-    weighted, building, cache = prepared[0]
-
+    weighted, building, cache = on_first_rank(
+        lambda: _prepare(blends, samples, sequence_length, seed, tokenizer, vocab_size, Path(cache_dir))
+    )
     datasets = _build(weighted, samples, sequence_length, seed, tokenizer, building)
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0 and building != cache:

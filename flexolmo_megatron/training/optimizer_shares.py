@@ -1,9 +1,9 @@
 """What each data-parallel rank writes and reads of a distributed optimizer's state.
 
 A checkpoint has the master weight and the moments of each parameter in the parameter's own shape, so that any layout
-can load it. Upstream (0.16.1, ``fully_reshardable``) gathers the whole state on every rank's host to write it, and makes
-room for all of it to load it. Here a parameter is put together on the rank that holds the most of it, and read by the
-ranks that hold something of it: a rank has little more than its own share in memory.
+can load it. Upstream (0.16.1, ``fully_reshardable``) gathers the whole state on every rank's host to write it, and
+makes room for all of it to load it. Here a parameter is put together on the rank that holds the most of it, and read by
+the ranks that hold something of it: a rank has little more than its own share in memory.
 """
 
 from collections.abc import Iterator
