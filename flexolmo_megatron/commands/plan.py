@@ -1,6 +1,7 @@
 """``flexolmo plan``: memory, parallel layout and time of a run on N GPUs, before a node is booked."""
 
 import argparse
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "plan",
         help="parallel layouts of a run on N GPUs: memory, traffic, estimated time",
-        description="List the layouts of a run that fit on N GPUs, fastest first. Memory is counted tensor by tensor; "
-        "times are estimates from a data sheet and an assumed share of peak, not measurements. No GPU is needed.",
+        description="List the layouts of a run that fit on N GPUs, fastest first. What files and overrides set of "
+        "parallel, micro_batch_size and optimizer.use_distributed_optimizer is kept. Memory is counted tensor by "
+        "tensor; times are estimates from a data sheet and an assumed share of peak, not measurements. No GPU needed.",
     )
     parser.add_argument("--preset", choices=preset_names(), help="named sizes and settings to start from")
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file of a run's options; "
@@ -47,7 +49,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--reserve", type=float, default=8.0, metavar="GB", help="memory kept free for CUDA, NCCL, "
                         "fragmentation and uneven routing (default: %(default)s)")  # fmt: skip
     parser.add_argument("--tokens", type=float, metavar="B", help="tokens of the run, in units of 1e9 (default: "
-                        "train_iters x global_batch_size x data.seq_length)")  # fmt: skip
+                        "train_iters x global_batch_size x data.seq_length; for router tuning without a given "
+                        "train_iters 5, as in the paper)")  # fmt: skip
     parser.add_argument("--backend", choices=("te", "local"), default="te", help="whose activations are counted: "
                         "Transformer Engine's modules or the local ones (default: %(default)s)")  # fmt: skip
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to show (default: %(default)s)")
@@ -73,6 +76,8 @@ def run(args: argparse.Namespace) -> None:
     if config.fp8.recipe is not None:
         raise FlexOlmoError(f"fp8.recipe = {config.fp8.recipe}: the plan counts bf16 and fp32 only; leave it out")
     memory = GPUS[args.gpu]["memory"] if args.gpu_memory is None else args.gpu_memory
+    if not 0 < memory < math.inf:
+        raise FlexOlmoError(f"--gpu-memory {memory:g}: expected a finite number of GB above 0")
     if not 0 <= args.reserve < memory:
         raise FlexOlmoError(f"--reserve {args.reserve:g} GB: expected 0 to below the GPU's {memory:g} GB")
     for name in ("gpus", "gpus_per_node", "top"):
@@ -80,11 +85,15 @@ def run(args: argparse.Namespace) -> None:
             raise FlexOlmoError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
     mode = args.mode or ("moe" if config.model.num_experts > 1 else "expert")
     work = work_of(config, mode, args.backend)
+    if not config.bf16 and args.peak_tflops is None:
+        raise FlexOlmoError("bf16 = false: the GPU's peak is bfloat16's, and fp32 is slower; set bf16=true, or give "
+                            "--peak-tflops of the fp32 or TF32 products that the run is to use")
+    given = _given(args)
     limit = (memory - args.reserve) * 1e9
     if mode == "inference":
         _run_inference(args, work, _hardware(args), limit)
     else:
-        _run_training(args, config, work, _hardware(args), limit)
+        _run_training(args, config, given, work, _hardware(args), limit)
 
 
 def _hardware(args: argparse.Namespace) -> "Hardware":
@@ -101,9 +110,60 @@ def _hardware(args: argparse.Namespace) -> "Hardware":
     return Hardware(**values, gpus_per_node=args.gpus_per_node, share=args.share)
 
 
-def _tokens(args: argparse.Namespace, config: "TrainConfig", mode: "Mode") -> float:
+def _given(args: argparse.Namespace) -> set[str]:
+    """Dotted names of the options that files and overrides set, unlike those of a preset, which are a start."""
+    from omegaconf import DictConfig, OmegaConf
+
+    from flexolmo_megatron.config.load import parse_override
+    from flexolmo_megatron.config.train import TrainConfig
+
+    sources = [*(OmegaConf.load(path) for path in args.config),
+               *(parse_override(TrainConfig, override) for override in args.overrides)]  # fmt: skip
+    names = set()
+    for source in sources:
+        for name in source:
+            section = None if OmegaConf.is_missing(source, name) else source[name]
+            names |= {f"{name}.{key}" for key in section} if isinstance(section, DictConfig) else {str(name)}
+    return names
+
+
+def _pinned(config: "TrainConfig", given: set[str], work: "Work") -> dict[str, int]:
+    """The part of the layout that is given, by the names of ``Layout``'s fields.
+
+    Raises:
+        FlexOlmoError: it is one that the plan does not count.
+    """
     from flexolmo_megatron.errors import FlexOlmoError
 
+    fields = {"tensor": "tensor", "pipeline": "pipeline", "virtual_pipeline": "virtual", "context": "context",
+              "expert": "expert", "expert_tensor": "expert_tensor"}  # fmt: skip
+    pinned = {field: getattr(config.parallel, name) for name, field in fields.items() if f"parallel.{name}" in given}
+    if pinned.get("expert_tensor", 0) is None:
+        del pinned["expert_tensor"]
+    if "micro_batch_size" in given:
+        pinned["micro_batch"] = config.micro_batch_size
+    for field, value in pinned.items():
+        if value < 1:
+            raise FlexOlmoError(f"{field} = {value}: expected at least 1")
+    if "parallel.sequence" in given and not config.parallel.sequence and pinned.setdefault("tensor", 1) > 1:
+        raise FlexOlmoError(f"parallel.sequence = false with parallel.tensor = {pinned['tensor']}: the plan counts "
+                            "tensor parallelism with parallel.sequence=true alone")
+    if pinned.get("context", 1) > 1 and work.backend == "local":
+        raise FlexOlmoError(f"parallel.context = {pinned['context']} with --backend local: the plan leaves out context "
+                            "parallelism of the local modules")
+    if config.parallel.moe_token_dispatcher_type != "alltoall" and work.kind == "moe":
+        raise FlexOlmoError(f"parallel.moe_token_dispatcher_type = {config.parallel.moe_token_dispatcher_type!r}: the "
+                            "plan counts alltoall alone")
+    if "optimizer.use_distributed_optimizer" in given:
+        pinned["distributed"] = config.optimizer.use_distributed_optimizer
+    return pinned
+
+
+def _tokens(args: argparse.Namespace, config: "TrainConfig", mode: "Mode", given: set[str]) -> float:
+    from flexolmo_megatron.errors import FlexOlmoError
+
+    if args.tokens is None and mode == "router" and "train_iters" not in given:
+        return 5e9  # section 4.1 of the paper
     if args.tokens is None:
         return float(config.train_iters * config.global_batch_size * config.data.seq_length)
     if not args.tokens > 0:
@@ -119,7 +179,7 @@ def _print_json(args: argparse.Namespace, hardware: "Hardware", limit: float, **
 
 
 def _run_training(
-    args: argparse.Namespace, config: "TrainConfig", work: "Work", hardware: "Hardware", limit: float
+    args: argparse.Namespace, config: "TrainConfig", given: set[str], work: "Work", hardware: "Hardware", limit: float
 ) -> None:
     from rich.console import Console
 
@@ -127,8 +187,9 @@ def _run_training(
     from flexolmo_megatron.launch.plan_explain import explain
     from flexolmo_megatron.launch.plan_report import as_record, draw, layout_table, traffic_table
 
-    tokens = _tokens(args, config, work.mode)
-    found = plan(work, hardware, args.gpus, limit)
+    tokens = _tokens(args, config, work.mode, given)
+    pinned = _pinned(config, given, work)
+    found = plan(work, hardware, args.gpus, limit, pinned)
     shown = found[: args.top]
     title = f"{work.mode} run, {args.gpus} GPUs with {limit / 1e9:g} GB free, {work.tokens:,} tokens per step"
     if args.plot:
@@ -139,13 +200,17 @@ def _run_training(
         return
     console = Console(width=120, highlight=False)
     console.print(layout_table(shown, tokens, title))
+    source = " (activations of Transformer Engine from its source, not measured)" if work.backend == "te" else ""
     console.print(
         f"{len(shown)} of {len(found)} combinations of TP, PP, EP, ETP and CP that fit, each with its fastest micro "
-        f"batch and VPP. Memory is counted; sent bytes are per GPU and step; bubble, step, MFU and days (for "
-        f"{tokens / 1e9:.4g} B tokens) are estimates at {100 * hardware.share:g} % of {hardware.peak_tflops:g} TFLOP/s, "
-        f"not measurements. Sequence parallel is on where TP > 1, the distributed optimizer where DP > 1; "
-        f"again: layers are computed again in the backward pass (Megatron's full recomputation)."
+        f"batch and VPP. Memory is counted{source}; sent bytes are per GPU and step; bubble, "
+        f"step, MFU and days (for {tokens / 1e9:.4g} B tokens) are estimates at {100 * hardware.share:g} % of "
+        f"{hardware.peak_tflops:g} TFLOP/s, not measurements. Sequence parallel is on where TP > 1, the distributed "
+        f"optimizer where DP > 1."
     )
+    if pinned:
+        fixed = ", ".join(f"{name} = {value}" for name, value in pinned.items())
+        console.print(f"Given, not chosen: {fixed}. Leave such options out to compare other layouts.")
     console.print(traffic_table(shown[0]))
     console.print(f"options of layout 1: {' '.join(overrides(shown[0].layout))}", soft_wrap=True)
     if args.explain:

@@ -4,9 +4,10 @@ Memory is counted (plan_state, plan_activations); times are estimates from a GPU
 its peak, never measurements. Everything here is arithmetic: no model is built and no GPU is needed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from types import MappingProxyType
 
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.launch.plan_activations import Activations, peak_activations
@@ -52,7 +53,7 @@ class Estimate:
     """Bytes that one process sends per step, by kind."""
     optimizer_seconds: float
     peak_share: float
-    """Needed FLOPs per second over all GPUs as a share of their peak (MFU); recomputation is not needed work."""
+    """Needed FLOPs per second over all GPUs as a share of their peak (MFU)."""
     tokens: int
     """Per step."""
 
@@ -114,12 +115,14 @@ def estimate(work: Work, layout: Layout, hardware: Hardware, stages: tuple[Stage
 
 @cache
 def _needed_flops(work: Work) -> float:
-    """FLOPs of one step on however many GPUs, nothing computed twice."""
+    """FLOPs of one step on however many GPUs."""
     alone = Layout(1)
     return work.batch * sum(chunk_flops(work, alone, chunk) for chunk in chunks(work, alone, 0))
 
 
-def plan(work: Work, hardware: Hardware, gpus: int, memory_limit: float) -> list[Estimate]:
+def plan(
+    work: Work, hardware: Hardware, gpus: int, memory_limit: float, pinned: Mapping[str, int] = MappingProxyType({})
+) -> list[Estimate]:
     """Return the layouts that fit, fastest first: of each TP x PP x EP x CP the fastest settings of the rest.
 
     Args:
@@ -127,25 +130,24 @@ def plan(work: Work, hardware: Hardware, gpus: int, memory_limit: float) -> list
         hardware: of the cluster.
         gpus: number of processes.
         memory_limit: bytes that a process may hold.
+        pinned: values of ``Layout``'s fields that are given.
 
     Raises:
         FlexOlmoError: no layout can run, or none fits; the message says what the smallest would need.
     """
     best: dict[tuple[int, ...], Estimate] = {}
     smallest: tuple[int, Layout] | None = None
-    for layout in layouts(work, gpus, hardware.gpus_per_node):
-        # Computing again only costs time: it is of use where all would not fit. Where the embedding does not train it
-        # must not be used: Megatron's checkpoint passes no gradient on if its input needs none.
-        for tried in (layout, replace(layout, recompute=True)) if work.all_train else (layout,):
-            stages = memory(work, tried)
-            needed = max(stage.total for stage in stages)
-            if smallest is None or needed < smallest[0]:
-                smallest = (needed, tried)
-            if needed <= memory_limit:
-                candidate = estimate(work, tried, hardware, stages)
-                if layout.groups not in best or candidate.seconds < best[layout.groups].seconds:
-                    best[layout.groups] = candidate
-                break
+    for layout in layouts(work, gpus, hardware.gpus_per_node, pinned):
+        stages = memory(work, layout)
+        needed = max(stage.total for stage in stages)
+        if smallest is None or needed < smallest[0]:
+            smallest = (needed, layout)
+        if needed <= memory_limit:
+            candidate = estimate(work, layout, hardware, stages)
+            if layout.groups not in best or candidate.seconds < best[layout.groups].seconds:
+                best[layout.groups] = candidate
+    if smallest is None and pinned and (problem := replace(Layout(gpus), **_whole(pinned)).problem(work)):
+        raise FlexOlmoError(f"the given layout cannot run on {gpus} GPUs: {problem}")
     if smallest is None:
         raise FlexOlmoError(
             f"no layout of {gpus} GPUs can run this: expected a number of GPUs that divides global_batch_size = "
@@ -157,6 +159,11 @@ def plan(work: Work, hardware: Hardware, gpus: int, memory_limit: float) -> list
             f"{smallest[0] / GB:.1f} GB per GPU, of which {memory_limit / GB:.1f} GB are free"
         )
     return sorted(best.values(), key=lambda candidate: candidate.seconds)
+
+
+def _whole(pinned: Mapping[str, int]) -> dict[str, int]:
+    """Given values, and the size of experts' groups that follows from them."""
+    return {"expert_tensor": pinned.get("tensor", 1), **pinned}
 
 
 def describe(layout: Layout) -> str:
@@ -171,7 +178,7 @@ def describe(layout: Layout) -> str:
     if layout.context > 1:
         parts.append(f"CP {layout.context}")
     parts += [f"DP {layout.data}", f"micro batch {layout.micro_batch}"]
-    return " x ".join(parts) + (", recompute" if layout.recompute else "")
+    return " x ".join(parts)
 
 
 def overrides(layout: Layout) -> Sequence[str]:

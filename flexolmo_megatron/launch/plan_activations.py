@@ -1,10 +1,10 @@
 """Bytes that autograd keeps from the forward to the backward pass of one microbatch, and the most of them at once.
 
 Counted tensor by tensor from what the modules of ``model/`` save. With the local modules the count is exact (compared
-with autograd's saved tensors, and with a process's peak memory, in tests/launch/test_plan_memory.py). Transformer
-Engine's modules differ where ``work.backend == "te"`` says so; that part is from their source and not measured.
-Experts are taken to get equal numbers of tokens. Of a frozen matrix the input is not kept, and nothing is kept below
-the first layer that has something to train.
+with autograd's saved tensors in tests/launch/test_plan_trace.py, and with a process's peak memory in
+tests/launch/test_plan_peak.py). Transformer Engine's modules differ where ``work.backend == "te"`` says so; that part
+is from their source and not measured. Experts are taken to get equal numbers of tokens. Of a frozen matrix the input is
+not kept, and nothing is kept below the first layer that has something to train.
 
 Legend: T tokens of a microbatch on this process, S the same where the sequence is split (T / TP), h hidden, f inner
 width of an FFN on this process, N tokens that reach this process's experts.
@@ -130,9 +130,6 @@ def chunk_activations(work: Work, layout: Layout, chunk: Chunk) -> int:
     embedding = 0
     if chunk.embedding and work.all_train:
         embedding = 8 * tokens + (tokens if layout.tensor > 1 else 0)
-    if layout.recompute:
-        angles = 4 * work.sequence // layout.context * work.model.head_dim  # of RoPE, shared by the layers
-        return embedding + angles + chunk.layers * split * work.model.hidden_size * work.element
     below = chunk.first > 0 or work.all_train
     return embedding + _layer(work, layout, below) + (chunk.layers - 1) * _layer(work, layout, True)
 
@@ -174,8 +171,6 @@ def peak_activations(work: Work, layout: Layout, stage: int) -> Activations:
     flight = in_flight(work, layout, stage)
     kept = sum(sizes[index // layout.pipeline % layout.virtual] for index in range(flight))
     layer = _passing_layer(work, layout)
-    if layout.recompute:
-        layer += _layer(work, layout, True)
     if not held[-1].head:
         return Activations(kept, layer)
     tokens, split = _tokens(work, layout)

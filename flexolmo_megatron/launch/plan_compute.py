@@ -11,9 +11,9 @@ from flexolmo_megatron.launch.plan_activations import expert_tokens
 from flexolmo_megatron.launch.plan_work import Chunk, Layout, Work
 
 
-def _linear(flops: float, layout: Layout, trains: bool, gradient: bool) -> float:
-    """A product forward (again where recomputed), its input's gradient and its weight's."""
-    return flops * (1 + layout.recompute + gradient + trains)
+def _linear(flops: float, trains: bool, gradient: bool) -> float:
+    """A product forward, its input's gradient and its weight's."""
+    return flops * (1 + gradient + trains)
 
 
 def _attention(work: Work, layout: Layout, gradient: bool) -> float:
@@ -23,12 +23,12 @@ def _attention(work: Work, layout: Layout, gradient: bool) -> float:
     linear = 2 * tokens * model.hidden_size * (2 * queries + 2 * groups)
     core = 2 * tokens * (work.sequence + 1) * queries
     backward = 2.5 if gradient else 0
-    return _linear(linear, layout, work.all_train, gradient) + core * (1 + layout.recompute + backward)
+    return _linear(linear, work.all_train, gradient) + core * (1 + backward)
 
 
-def _ffn(flops: float, layout: Layout, trains: bool, gradient: bool) -> float:
+def _ffn(flops: float, trains: bool, gradient: bool) -> float:
     """A gated FFN, a third of it the output matrix: to reach the first matrix, a gradient must pass the second."""
-    return _linear(flops, layout, trains, gradient) + (flops / 3 if trains and not gradient else 0)
+    return _linear(flops, trains, gradient) + (flops / 3 if trains and not gradient else 0)
 
 
 @cache
@@ -38,15 +38,15 @@ def _layer(work: Work, layout: Layout, gradient: bool) -> float:
     flops = _attention(work, layout, gradient)
     per_row = 6 * model.hidden_size
     if work.kind == "dense":
-        return flops + _ffn(tokens * per_row * model.ffn_hidden_size / layout.tensor, layout, work.all_train, gradient)
-    flops += _linear(2 * tokens / layout.tensor * model.hidden_size * model.num_experts, layout, True, gradient)
+        return flops + _ffn(tokens * per_row * model.ffn_hidden_size / layout.tensor, work.all_train, gradient)
+    flops += _linear(2 * tokens / layout.tensor * model.hidden_size * model.num_experts, True, gradient)
     if work.kind == "pair":
-        flops += _ffn(tokens * per_row * model.ffn_hidden_size / layout.tensor, layout, True, gradient)
-        return flops + _ffn(tokens * per_row * work.anchor_ffn / layout.tensor, layout, False, gradient)
+        flops += _ffn(tokens * per_row * model.ffn_hidden_size / layout.tensor, True, gradient)
+        return flops + _ffn(tokens * per_row * work.anchor_ffn / layout.tensor, False, gradient)
     experts = expert_tokens(work, layout) * per_row * model.ffn_hidden_size / layout.expert_tensor
     # Also where only the router trains, the scale of the inner state needs its gradient, through the output matrix.
     reached = experts / 3 if work.mode == "router" and not gradient else 0
-    return flops + _ffn(experts, layout, work.mode == "moe", gradient) + reached
+    return flops + _ffn(experts, work.mode == "moe", gradient) + reached
 
 
 def chunk_flops(work: Work, layout: Layout, chunk: Chunk) -> float:

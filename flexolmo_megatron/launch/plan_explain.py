@@ -5,6 +5,8 @@ from flexolmo_megatron.launch.plan_hardware import Hardware
 from flexolmo_megatron.launch.plan_state import State
 from flexolmo_megatron.launch.plan_work import Work
 
+UNMEASURED = """ What these
+                modules save is taken from their source and was not measured, unlike that of the local ones."""
 _TEMPLATE = """\
 Explained for layout 1 ({layout}), on the pipeline process that needs the most memory (number {stage}).
 
@@ -17,7 +19,7 @@ MEMORY (counted; GB = 1e9 bytes)
                 processes that share it (experts: {expert_shards}). Frozen parameters have none.
   activations   {kept:.2f} GB kept for backward passes: of {flight}, counted tensor by tensor as
                 {backend} modules save them; and {passing:.2f} GB for the largest temporary tensors. Experts
-                are taken to get equal numbers of tokens. "again yes": only layers' inputs are kept.
+                are taken to get equal numbers of tokens.{unmeasured}
   limit         {limit:.1f} GB = GPU memory less --reserve (CUDA, NCCL, fragmentation, uneven routing).
 
 TIME (estimated, not measured)
@@ -60,6 +62,7 @@ def explain(work: Work, best: Estimate, hardware: Hardware, limit: float, tokens
         kept=worst.activations.kept / GB,
         flight=flight,
         backend="Transformer Engine's" if work.backend == "te" else "the local",
+        unmeasured=UNMEASURED if work.backend == "te" else "",
         passing=worst.activations.passing / GB,
         limit=limit / GB,
         compute=best.compute_seconds,

@@ -36,8 +36,9 @@ def layout_table(estimates: Sequence[Estimate], tokens: float, title: str) -> "T
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), title=title, title_justify="left")
-    splits = ("TP", "PP", "VPP", "EP", "ETP", "CP", "DP", "micro\nbatch", "again")
-    measures = ("weights\nGB", "grads\nGB", "optim.\nGB", "activ.\nGB", "total\nGB", "sent\nGB", "bubble\n%")
+    unit, size = ("GB", GB) if max(estimate.worst.total for estimate in estimates) >= GB else ("MB", GB / 1e3)
+    splits = ("TP", "PP", "VPP", "EP", "ETP", "CP", "DP", "micro\nbatch")
+    measures = *(f"{name}\n{unit}" for name in ("weights", "grads", "optim.", "activ.", "total", "sent")), "bubble\n%"
     for name in ("#", *splits, *measures, "step\ns", "MFU\n%", "days"):
         table.add_column(name, justify="right", no_wrap=True)
     for number, estimate in enumerate(estimates, 1):
@@ -48,12 +49,11 @@ def layout_table(estimates: Sequence[Estimate], tokens: float, title: str) -> "T
             str(layout.context),
             str(layout.data),
             str(layout.micro_batch),
-            "yes" if layout.recompute else "no",
-            *(f"{value / GB:.1f}" for value in _memory(estimate).values()),
-            f"{worst.total / GB:.1f}",
-            f"{sum(estimate.sent.values()) / GB:,.0f}",
+            *(f"{value / size:.1f}" for value in _memory(estimate).values()),
+            f"{worst.total / size:.1f}",
+            f"{sum(estimate.sent.values()) / size:,.0f}",
             f"{100 * estimate.bubble_share:.1f}",
-            f"{estimate.seconds:.2f}",
+            f"{estimate.seconds:.2f}" if estimate.seconds >= 0.1 else f"{estimate.seconds:.1e}",
             f"{100 * estimate.peak_share:.0f}",
             _short(estimate.days(tokens)),
         )
@@ -61,6 +61,8 @@ def layout_table(estimates: Sequence[Estimate], tokens: float, title: str) -> "T
 
 
 def _short(days: float) -> str:
+    if days < 0.1:
+        return f"{days:.1e}"
     return f"{days:.1f}" if days < 100 else f"{days:,.0f}"
 
 
@@ -91,7 +93,6 @@ def as_record(estimate: Estimate, tokens: float) -> dict[str, Any]:
         "sequence": layout.sequence,
         "micro_batch_size": layout.micro_batch,
         "microbatches": estimate.microbatches,
-        "recompute": layout.recompute,
         "use_distributed_optimizer": layout.distributed,
         "options": list(overrides(layout)),
         "stages": [

@@ -35,34 +35,33 @@ class Traffic:
 
 @cache
 def _layer_bytes(work: Work, layout: Layout, gradient: bool) -> dict[str, float]:
-    """Bytes that each process sends for one layer and microbatch, forward, backward and again where recomputed."""
+    """Bytes that each process sends for one layer and microbatch, forward and backward."""
     model, element = work.model, work.element
     tokens = work.sequence // layout.context * layout.micro_batch
     passes = gradient or work.all_train
-    forward = 1 + layout.recompute
     rows = tokens * model.hidden_size * element
     sent = dict.fromkeys(("tensor", "context", "expert"), 0.0)
 
     ring = (layout.tensor - 1) / layout.tensor
     # Each block gathers its input and scatters its output, backward the reverse; a weight gradient gathers the input
     # again.
-    sent["tensor"] += ring * rows * (2 * forward + 2 * passes + work.all_train)
+    sent["tensor"] += ring * rows * (2 + 2 * passes + work.all_train)
     if work.kind == "dense":
-        sent["tensor"] += ring * rows * (2 * forward + 2 + work.all_train)
+        sent["tensor"] += ring * rows * (2 + 2 + work.all_train)
     elif work.kind == "pair":  # two FFNs, each by itself
         own = 3 if gradient else 1 if work.backend == "local" else 2  # the local one keeps the gathered input there
-        sent["tensor"] += ring * rows * (2 * forward + own) + ring * rows * (2 * forward + 2 * gradient)
+        sent["tensor"] += ring * rows * (2 + own) + ring * rows * (2 + 2 * gradient)
     else:
         copies = expert_tokens(work, layout) * model.hidden_size
-        out = forward + passes  # to the experts, and the gradients of what they got
-        back = forward + 1  # of their outputs; those of the first layer's are needed for the router
+        out = 1 + passes  # to the experts, and the gradients of what they got
+        back = 2  # of their outputs; those of the first layer's are needed for the router
         share = (layout.expert_tensor - 1) / layout.expert_tensor
         sent["tensor"] += share * copies * (element * out + 4 * back)  # outputs are summed in the router's fp32
         own = copies / layout.expert_tensor * element
         sent["expert"] += (layout.expert - 1) / layout.expert * own * (out + back)
 
     keys = 2 * tokens * model.num_query_groups * model.head_dim // layout.tensor * element
-    sent["context"] += (layout.context - 1) * keys * (forward + 2 * passes)  # backward also their gradients
+    sent["context"] += (layout.context - 1) * keys * (1 + 2 * passes)  # backward also their gradients
     return sent
 
 

@@ -4,12 +4,13 @@ Legend of the plan_* files: T tokens of one microbatch on one context-parallel r
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from types import MappingProxyType
 from typing import Literal
 
-from flexolmo_megatron.config.layout import Kind, layout_problem
+from flexolmo_megatron.config.layout import Kind, layout_problem, process_problems
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import ParallelConfig, TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError
@@ -115,8 +116,6 @@ class Layout:
     """Processes that share each expert's matrices (ETP); 0 becomes ``tensor``."""
     micro_batch: int = 1
     """Samples that one process computes at a time."""
-    recompute: bool = False
-    """Keep only each layer's input and compute the layer again in the backward pass."""
     distributed: bool = True
     """Spread optimizer state over the data-parallel processes."""
 
@@ -125,7 +124,7 @@ class Layout:
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.world, *self.groups, self.virtual, self.micro_batch, self.recompute, self.distributed))
+        return hash((self.world, *self.groups, self.virtual, self.micro_batch, self.distributed))
 
     def __hash__(self) -> int:  # layouts are keys of many caches: once is enough
         return self._hash
@@ -137,8 +136,8 @@ class Layout:
 
     @cached_property
     def still(self) -> "Layout":
-        """The same with one sample at a time and nothing recomputed: weights and gradients do not depend on those."""
-        return replace(self, micro_batch=1, recompute=False)
+        """The same with one sample at a time: weights and gradients do not depend on it."""
+        return replace(self, micro_batch=1)
 
     @cached_property
     def data(self) -> int:
@@ -178,6 +177,8 @@ class Layout:
 
     def problem(self, work: Work) -> str | None:
         """Why this cannot run, or None."""
+        for problem in process_problems(self.parallel(), self.world):
+            return problem
         if work.batch % (self.micro_batch * self.data):
             return (
                 f"global_batch_size = {work.batch} is no multiple of micro_batch_size = {self.micro_batch} times "
@@ -228,37 +229,42 @@ def _divisors(number: int) -> tuple[int, ...]:
     return tuple(value for value in range(1, number + 1) if number % value == 0)
 
 
-def layouts(work: Work, world: int, gpus_per_node: int) -> Iterator[Layout]:
-    """Yield every layout that can run, without recomputation; tensor-parallel processes stay within a node.
+def layouts(work: Work, world: int, gpus_per_node: int, pinned: Mapping[str, int] = MappingProxyType({})) \
+        -> Iterator[Layout]:
+    """Yield every layout that can run; tensor-parallel processes stay within a node.
 
-    Context parallelism needs Transformer Engine's attention. A micro batch is a power of two up to 8. Distributed
-    optimizer wherever there is something to share: it needs less memory and sends less than without.
+    A micro batch is a power of two up to 8. Distributed optimizer wherever there is something to share: it needs less
+    memory and sends less than without. Left out is context parallelism of the local modules, which are for processors.
+
+    Args:
+        work: the run.
+        world: number of processes.
+        gpus_per_node: of the cluster.
+        pinned: values of ``Layout``'s fields that are given.
     """
+
+    def tried(field: str, usual: Iterable[int]) -> Iterable[int]:
+        return (pinned[field],) if field in pinned else usual
+
     expert_sizes = _divisors(math.gcd(work.model.num_experts, world)) if work.kind == "moe" else (1,)
     contexts = (1, 2, 4, 8) if work.backend == "te" else (1,)
-    for tensor in _divisors(math.gcd(world, gpus_per_node)):
-        for pipeline in _divisors(math.gcd(work.model.num_layers, world)):
-            virtuals = _divisors(work.model.num_layers // pipeline) if pipeline > 1 else (1,)
-            for context in contexts:
-                for expert in expert_sizes:
+    for tensor in tried("tensor", _divisors(math.gcd(world, gpus_per_node))):
+        for pipeline in tried("pipeline", _divisors(math.gcd(work.model.num_layers, world))):
+            virtuals = _divisors(max(1, work.model.num_layers // pipeline)) if pipeline > 1 else (1,)
+            for context in tried("context", contexts):
+                for expert in tried("expert", expert_sizes):
                     # Megatron sums the gradients of replicated experts over the right processes only with EP.
-                    for expert_tensor in {tensor, 1} if expert > 1 else {tensor}:
+                    for expert_tensor in tried("expert_tensor", {tensor, 1} if expert > 1 else {tensor}):
                         whole = Layout(world, tensor, pipeline, 1, context, expert, expert_tensor)
                         if world % (tensor * pipeline * context) or world % (expert_tensor * expert * pipeline):
                             continue
                         if whole.problem(work):
                             continue
-                        yield from _settings(work, whole, virtuals)
-
-
-def _settings(work: Work, whole: Layout, virtuals: tuple[int, ...]) -> Iterator[Layout]:
-    for virtual in virtuals:
-        for micro_batch in (1, 2, 4, 8):
-            layout = replace(
-                whole,
-                virtual=virtual,
-                micro_batch=micro_batch,
-                distributed=max(whole.shards, whole.expert_shards) > 1,
-            )
-            if layout.problem(work) is None:
-                yield layout
+                        shares = max(whole.shards, whole.expert_shards) > 1
+                        for virtual in tried("virtual", virtuals):
+                            for micro_batch in tried("micro_batch", (1, 2, 4, 8)):
+                                distributed = bool(pinned.get("distributed", shares))
+                                layout = replace(whole, virtual=virtual, micro_batch=micro_batch,
+                                                 distributed=distributed)  # fmt: skip
+                                if layout.problem(work) is None:
+                                    yield layout

@@ -20,14 +20,12 @@ def _train(work: Work, layout: Layout, steps: int) -> None:
 
     get_moe_layer_wise_logging_tracker().clear()
     half = work.element == 2
-    again = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     megatron_config = transformer_config(
         work.model,
         work.kind,
         dtype=torch.bfloat16 if half else torch.float32,
         perform_initialization=False,  # would make every weight twice
         **({} if work.kind == "dense" else {"moe_z_loss_coeff": 1e-3}),
-        **(again if layout.recompute else {}),
     )
     model = build_model(work.model, work.kind, megatron_config)
     with torch.no_grad():

@@ -28,7 +28,6 @@ class Case:
     pipeline: int = 1
     narrow: int = 176
     """Inner width of the owner's expert; the anchor's is 176."""
-    recompute: bool = False
 
     @property
     def kind(self) -> str:
@@ -48,7 +47,6 @@ class Case:
         return Layout(
             max(self.tensor, self.expert * (self.expert_tensor or self.tensor)) * self.pipeline, tensor=self.tensor,
             pipeline=self.pipeline, expert=self.expert, expert_tensor=self.expert_tensor, micro_batch=2,
-            recompute=self.recompute,
         )  # fmt: skip
 
 
@@ -120,11 +118,6 @@ def _trace(case: Case, sent: Sent) -> dict[str, Any]:
         expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.tensor > 1,
         **({} if case.kind == "dense" else {"moe_z_loss_coeff": 1e-3}),
-        **(
-            dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-            if case.recompute
-            else {}
-        ),
     )
     last = case.stage == case.pipeline - 1
     module = build_model(model, case.kind, config, pre_process=case.stage == 0, post_process=last)
@@ -136,7 +129,7 @@ def _trace(case: Case, sent: Sent) -> dict[str, Any]:
     if case.stage:
         module.set_input_tensor(torch.randn(32 // layout.tensor, 2, 64, requires_grad=True))
     weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
-    alive = weakref.WeakSet()  # Megatron's checkpoint also makes graphs in passing
+    alive = weakref.WeakSet()
 
     def pack(tensor: Any) -> Kept:
         held = Kept(tensor)

@@ -10,7 +10,7 @@ from flexolmo_megatron.config.layout import check_layout
 from flexolmo_megatron.config.load import load_config
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.launch.plan import describe, estimate, memory, overrides, plan
+from flexolmo_megatron.launch.plan import estimate, memory, overrides, plan
 from flexolmo_megatron.launch.plan_activations import chunk_activations, in_flight, peak_activations
 from flexolmo_megatron.launch.plan_compute import chunk_flops
 from flexolmo_megatron.launch.plan_hardware import Hardware
@@ -155,8 +155,6 @@ def test_time_is_the_sum_of_its_parts():
     free = replace(HARDWARE, intra_bandwidth=1e12, inter_bandwidth=1e12, memory_bandwidth=1e12)
     alone = Layout(64, tensor=8, expert=8)
     assert estimate(work, alone, free, memory(work, alone)).peak_share == pytest.approx(0.5)
-    again = replace(alone, recompute=True)
-    assert estimate(work, again, free, memory(work, again)).peak_share < 0.4
 
 
 def test_the_37b_plan():
@@ -189,14 +187,6 @@ def test_an_owners_run_fits_where_joint_training_does_not():
         plan(_work("moe"), HARDWARE, 8, 72e9)
     with pytest.raises(FlexOlmoError, match=r"no layout of 7 GPUs can run this: .*global_batch_size = 1024"):
         plan(_work("expert"), HARDWARE, 7, 72e9)
-
-
-def test_recomputation_where_it_is_needed_and_possible():
-    tight = plan(_work("anchor"), HARDWARE, 8, 24e9)
-    assert any(result.layout.recompute for result in tight)
-    assert "recompute" in describe(next(r.layout for r in tight if r.layout.recompute))
-    # Megatron's checkpoint would give an owner's run no gradients at all: its embedding needs none.
-    assert not any(result.layout.recompute for result in plan(_work("expert"), HARDWARE, 8, 24e9))
 
 
 def test_1024_gpus_within_ten_seconds():

@@ -16,7 +16,7 @@ def test_table(capsys):
     lines = out.splitlines()
     assert max(len(line) for line in lines if not line.startswith(("options of", "Explained"))) <= 120
     rows = [line.split() for line in lines if line.startswith("  ") and line.split()[:1] in (["1"], ["2"], ["3"])]
-    assert [row[0] for row in rows] == ["1", "2", "3"] and {len(row) for row in rows} == {20}
+    assert [row[0] for row in rows] == ["1", "2", "3"] and {len(row) for row in rows} == {19}
     texts = ("are estimates at 40 % of 989 TFLOP/s, not", "EP all-to-all of tokens", "options of layout 1: parallel.",
              "  bubble        ", "  days          ")  # fmt: skip
     assert [text for text in texts if text not in " ".join([out, *out.split()])] == []
@@ -51,6 +51,44 @@ def test_a_given_cluster_counts(capsys):
     assert step("--gpu", "b200") < usual
 
 
+def test_given_options_are_kept(capsys, tmp_path):
+    def layouts(*options: str) -> list[dict]:
+        assert main(["plan", "--preset", "7b-pair", "--gpus", "64", "--json", "--gpu-memory", "400", *options]) == 0
+        return json.loads(capsys.readouterr().out)["layouts"]
+
+    assert len({layout["tensor"] for layout in layouts()}) > 1  # the preset's is a start
+    path = tmp_path / "run.yaml"
+    path.write_text("parallel: {tensor: 2, pipeline: 4, virtual_pipeline: 2, sequence: true}\n"
+                    "micro_batch_size: 16\noptimizer: {use_distributed_optimizer: false}\n")
+    [only] = layouts("--config", str(path), "parallel.context=1")
+    names = ("tensor", "pipeline", "virtual_pipeline", "context", "micro_batch_size", "use_distributed_optimizer")
+    assert [only[name] for name in names] == [2, 4, 2, 1, 16, False]
+    [shared] = layouts("--config", str(path), "parallel.context=1", "optimizer.use_distributed_optimizer=true")
+    assert shared["stages"][0]["optimizer_bytes"] < only["stages"][0]["optimizer_bytes"] / 4
+    assert {layout["tensor"] for layout in layouts("parallel.tensor=4")} == {4}
+    assert {layout["tensor"] for layout in layouts("parallel.sequence=false")} == {1}
+    assert main(["plan", "--preset", "7b-pair", "--gpus", "64", "parallel.tensor=4", "--explain"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Given, not chosen: tensor = 4. Leave such options out" in out
+    assert "(activations of Transformer Engine from its source, not measured)" in out
+    assert "from their source and was not measured, unlike that of the local ones" in out
+
+
+def test_router_tuning_is_the_papers_five_billion_tokens_unless_steps_are_given(capsys):
+    for options, tokens in (([], 5e9), (["train_iters=10"], 10 * 1024 * 4096), (["--tokens", "2"], 2e9)):
+        assert main([*PLAN, "--mode", "router", "--json", "--top", "1", *options]) == 0
+        assert json.loads(capsys.readouterr().out)["tokens"] == tokens
+
+
+def test_small_models_have_small_units(capsys):
+    assert main(["plan", "--preset", "tiny", "--gpus", "1", "--peak-tflops", "60", "--mode", "anchor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    units = next(line.split() for line in lines if "batch" in line)
+    row = next(line.split() for line in lines if line.split()[:1] == ["1"])
+    assert units.count("MB") == 6 and "GB" not in units
+    assert len(row) == 19 and all(float(value) > 0 for value in (*row[9:14], *row[-3:-2]))
+
+
 def test_inference(capsys):
     assert main(["plan", "--preset", "37b", "--gpus", "8", "--mode", "inference", "--explain"]) == 0
     out = capsys.readouterr().out
@@ -63,6 +101,13 @@ def test_inference(capsys):
     ("options", "message"),
     [
         (["--gpus", "0"], "--gpus 0: expected at least 1"),
+        (["--gpus", "8", "--gpu-memory", "inf"], "--gpu-memory inf: expected a finite number of GB above 0"),
+        (["--gpus", "8", "bf16=false"], "bf16 = false: the GPU's peak is bfloat16's, and fp32 is slower"),
+        (["--gpus", "8", "parallel.tensor=3"], "the given layout cannot run on 8 GPUs: parallel.tensor = 3 times"),
+        (["--gpus", "8", "parallel.pipeline=0"], "pipeline = 0: expected at least 1"),
+        (["--gpus", "8", "micro_batch_size=3"], "cannot run on 8 GPUs: global_batch_size = 1024 is no multiple"),
+        (["--gpus", "8", "parallel={tensor: 2, sequence: false}"], "parallel.sequence = false with parallel.tensor"),
+        (["--gpus", "8", "--backend", "local", "parallel.context=2"], "parallel.context = 2 with --backend local"),
         (["--gpus", "8", "--share", "1.5"], "--share 1.5: expected a number above 0 and at most 1"),
         (["--gpus", "8", "--reserve", "80"], "--reserve 80 GB: expected 0 to below the GPU's 80 GB"),
         (["--gpus", "8", "--intra-bandwidth", "0"], "--intra-bandwidth 0: expected a number above 0"),

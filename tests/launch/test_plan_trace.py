@@ -15,8 +15,6 @@ CASES = [
     Case("anchor"),
     Case("anchor", element=2, groups=2),
     Case("anchor", tensor=2),
-    Case("anchor", element=2, recompute=True),
-    Case("anchor", tensor=2, recompute=True),
     Case("expert"),
     Case("expert", element=2, narrow=88, bias=True),
     Case("expert", tensor=2),
@@ -24,7 +22,6 @@ CASES = [
     Case("expert", tensor=2, pipeline=2, stage=1, layers=4),
     Case("moe"),
     Case("moe", element=2, tensor=2),
-    Case("moe", tensor=2, recompute=True),
     Case("router", element=2),
     Case("router", tensor=2),
 ]
@@ -38,7 +35,7 @@ ANY = Hardware(1, 1, 1, 1, gpus_per_node=8, share=1)
 
 def _name(case: Case) -> str:
     parts = [case.mode, f"{8 * case.element}bit", f"tp{case.tensor}", f"ep{case.expert}", f"stage{case.stage}"]
-    return "-".join(parts + (["recompute"] if case.recompute else []))
+    return "-".join(parts)
 
 
 def _planned(case: Case) -> tuple[int, float, float]:
