@@ -114,6 +114,8 @@ def _sharded_state(state: TrainingState, is_loading: bool) -> dict[str, Any]:
             )
         models[f"model{index}"] = {name: tensor for name, tensor in sharded.items() if name in trainable}
     for part in _parts(state.optimizer):
+        if part.optimizer is not None and not is_loading:
+            _begin_moments(part)  # where every step so far was skipped
         if isinstance(part, DistributedOptimizer):
             part.sharded_param_state_fully_reshardable = partial(sharded_param_state, part)
     optimizer = state.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
@@ -223,6 +225,16 @@ def set_aside(damaged: Iterable[Path]) -> None:
         path.rename(aside)
 
 
+def _begin_moments(part: MegatronOptimizer) -> None:
+    """Give Adam the state of step 0 where it has none yet, as it does itself in its first step."""
+    for group in part.optimizer.param_groups:
+        for parameter in group["params"]:
+            if not part.optimizer.state[parameter]:
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                step = {"step": torch.tensor(0.0)} if USING_PYTORCH_OPTIMIZER else {}
+                part.optimizer.state[parameter] = {**step, **moments}
+
+
 @contextmanager
 def _loading_torch_adamw(optimizer: MegatronOptimizer) -> Iterator[None]:
     """Let upstream's optimizers load a checkpoint where torch's AdamW stands in for a fused Adam.
@@ -235,10 +247,7 @@ def _loading_torch_adamw(optimizer: MegatronOptimizer) -> Iterator[None]:
         yield
         return
     for part in parts:
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                part.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        _begin_moments(part)
         if isinstance(part, DistributedOptimizer):
             part._set_main_param_and_optimizer_states = partial(_set_with_step, part)
     yield

@@ -72,8 +72,7 @@ def _put_together(
     if start < end:
         main = part._get_main_param_and_optimizer_states(parameter)
         device = main["param"].device
-        for name in STATES:  # before the first step that changes something there are no moments
-            states[name] = main[name].detach() if name in main else torch.zeros_like(main["param"])
+        states = {name: main[name].detach() for name in STATES}
     if own != writer:
         for state in states.values():
             torch.distributed.send(state.contiguous(), ranks[writer], group)
