@@ -1,6 +1,9 @@
 """``flexolmo launch``: anchor, experts, merge and router tuning as jobs of a Slurm cluster."""
 
 import argparse
+import sys
+
+from flexolmo_megatron.errors import FlexOlmoError
 
 EXAMPLE = """\
 example of a small CONFIG.yaml (examples/slurm/launch.yaml has all of it):
@@ -31,7 +34,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         epilog=EXAMPLE + _describe_options(), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG.yaml", help="the jobs, and what they ask of Slurm")
     parser.add_argument("--dry-run", action="store_true",
-                        help="print the scripts and how they would be submitted; write and submit nothing")
+                        help="print the scripts and how they would be submitted, and what is missing; write nothing")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE",
                         help="single options, for example slurm.partition=debug")
     parser.set_defaults(run=run)
@@ -48,16 +51,25 @@ def _describe_options() -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Run ``flexolmo launch``."""
+    from flexolmo_megatron.launch.check import check_layouts, missing_inputs
     from flexolmo_megatron.launch.load import load_launch
-    from flexolmo_megatron.launch.slurm import plan_jobs, show, submit
+    from flexolmo_megatron.launch.slurm import plan_jobs, require_sbatch, show, submit
 
     config = load_launch(args.config, args.overrides)
     jobs = plan_jobs(config)
+    stages = {job.stage: job.experts for job in jobs}
+    check_layouts(config, stages)
     if not jobs:
         print(f"{config.out}: everything is there already")
     elif args.dry_run:
         print(show(config, jobs), end="")
+        for sentence in missing_inputs(config, stages):
+            print(f"a launch would be refused now: {sentence}", file=sys.stderr)
     else:
+        require_sbatch()
+        if missing := missing_inputs(config, stages):
+            rest = f" (and {len(missing) - 3} more; see --dry-run)" if len(missing) > 3 else ""
+            raise FlexOlmoError("; ".join(missing[:3]) + rest)
         for stage, number in submit(config, jobs).items():
             print(f"{stage}: job {number}, {config.out}/slurm/{stage}.sbatch")
         print(f"what happens is in {config.out}/launch.log")

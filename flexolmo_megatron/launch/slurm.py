@@ -93,6 +93,17 @@ def show(config: LaunchConfig, jobs: list[Job]) -> str:
                     "===== to be submitted with\n", *(f"{command}\n" for command in commands)))
 
 
+def require_sbatch() -> None:
+    """Refuse to go on where there is no Slurm.
+
+    Raises:
+        FlexOlmoError: there is no sbatch.
+    """
+    if shutil.which("sbatch") is None:
+        raise FlexOlmoError("there is no sbatch on this machine: start `flexolmo launch` where Slurm's commands are, "
+                            "or look at the scripts with --dry-run")
+
+
 def submit(config: LaunchConfig, jobs: list[Job]) -> dict[str, str]:
     """Save the scripts, hand them to sbatch, and record their numbers in ``OUT/slurm/jobs.json``.
 
@@ -102,9 +113,7 @@ def submit(config: LaunchConfig, jobs: list[Job]) -> dict[str, str]:
     Raises:
         FlexOlmoError: there is no sbatch, it refuses a script, or jobs of an earlier launch are not over.
     """
-    if shutil.which("sbatch") is None:
-        raise FlexOlmoError("there is no sbatch on this machine: start `flexolmo launch` where Slurm's commands are, "
-                            "or look at the scripts with --dry-run")
+    require_sbatch()
     out = Path(config.out)
     record = out / "slurm" / "jobs.json"
     if record.exists():

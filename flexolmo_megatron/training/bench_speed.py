@@ -284,6 +284,7 @@ def measure_layer(model: ModelConfig, sequences: int, recipe: str | None, rounds
 
         def both(built=built, layer=layer, hidden=hidden, gradient=gradient) -> None:
             built.zero_grad(set_to_none=True)
+            hidden.grad = None
             built.set_is_first_microbatch()
             with _quantised(built):
                 output, _ = layer(hidden)

@@ -233,6 +233,8 @@ def test_a_failing_expert_stops_its_merge_with_the_reason(whole, cluster, world)
     out = world / "failing"
     experts = vectors_of(whole, "notes", "sums")
     experts["sums"]["options"] = [f"data.train=[{world}/nowhere]"]
+    for suffix in (".bin", ".idx"):  # there, so that the launch goes on, and of no use
+        (world / f"nowhere{suffix}").touch()
     experts["notes"]["options"] = [f"data.train=[{world}/notes]", "train_iters=5"]
     path = launch_yaml(world / "failing.yaml", out, experts, published=f"{whole}/anchor", merge={})
     assert launch(cluster, path).returncode == 0

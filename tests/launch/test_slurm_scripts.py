@@ -5,15 +5,22 @@ import re
 import shlex
 import stat
 import subprocess
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flexolmo_megatron.cli import main
 from flexolmo_megatron.commands.launch import EXAMPLE
+from flexolmo_megatron.config.card import PUBLIC, ExpertRecord, ModelCard
 from flexolmo_megatron.config.load import load_config
+from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import TrainConfig
-from flexolmo_megatron.errors import REQUEUE_STATUS
+from flexolmo_megatron.convert.initial import random_model
+from flexolmo_megatron.convert.model import save_model
+from flexolmo_megatron.errors import REQUEUE_STATUS, FlexOlmoError
+from flexolmo_megatron.launch.slurm import _check_ended
 from tests.slurm.cluster import unavailable
 
 ROOT = Path(__file__).parent.parent.parent
@@ -412,7 +419,91 @@ def test_where_slurm_is_missing_its_tests_say_what_to_install(tmp_path, monkeypa
     assert reason.endswith("on Debian: slurmctld slurmd slurm-client munge")
 
 
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def publish(path: Path) -> None:
+    """Save a published anchor of random weights, of the sizes of the preset tiny."""
+    card = ModelCard("moe", replace(ModelConfig(), num_experts=1, top_k=1), [ExpertRecord(PUBLIC)])
+    save_model(random_model(card, 0), path, "hf")
+
+
+INPUTS = ("public/a.jsonl", "data/public.bin", "data/public.idx", "code.jsonl", "data/code.bin", "data/code.idx",
+          "notes.npz", "data/notes.bin", "data/notes.idx", "code_valid.jsonl")
+
+
+@pytest.mark.parametrize("gone, message", [
+    ("public/a.jsonl", "anchor.documents: public/*.jsonl does not exist; expected a file or a pattern"),
+    ("data/public.idx", "anchor: data.train: data/public.idx does not exist"),
+    ("code.jsonl", "experts.each.code.documents: code.jsonl does not exist"),
+    ("data/code.bin", "experts.each.code: data.train: data/code.bin does not exist"),
+    ("notes.npz", "experts.each.notes.domain_vector = notes.npz does not exist"),
+    ("code_valid.jsonl", "merge.domains.code: code_valid.jsonl does not exist"),
+    ("package", "merge.packages: package does not exist"),
+    ("", "sbatch refused"),
+])
+def test_what_no_job_makes_must_be_there(capsys, launch_file, tmp_path, monkeypatch, gone, message):
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, *INPUTS, "package/manifest.json", "tools/sbatch")
+    (tmp_path / "tools" / "sbatch").write_text("#!/bin/bash\nexit 1\n")
+    (tmp_path / "tools" / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/tools:{os.environ['PATH']}")
+    if gone:
+        (tmp_path / gone).rename(tmp_path / "gone")
+    command = ["launch", str(launch_file), "merge.packages=[package]"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"flexolmo: {message}") and error.count("\n") == 1
+    assert (tmp_path / "out").exists() is (not gone)
+    assert main([*command, "--dry-run"]) == 0
+    notes = capsys.readouterr().err
+    assert notes.startswith(f"a launch would be refused now: {message}") if gone else not notes
+
+
+def test_layouts_are_checked_against_the_anchor(capsys, launch_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wrong = "experts.options=[global_batch_size=32, parallel.tensor=8, parallel.sequence=true]"
+    assert "experts.each.code: model.num_attention_heads = 4 cannot be split over parallel.tensor = 8" in refused(
+        capsys, launch_file, wrong)  # against the anchor's options
+    right = "anchor.options=['data.train=[x]', global_batch_size=32, model.num_attention_heads=8, " \
+            "model.num_query_groups=8, model.vocab_size=264]"
+    assert "code" in dry_run(capsys, launch_file, wrong, right)
+    assert "anchor: parallel.pipeline = 8 does not divide model.num_layers" in refused(
+        capsys, launch_file, "anchor.options=['data.train=[x]', global_batch_size=32, parallel.pipeline=8]")
+    published = ["anchor=null", "published=anchor"]
+    assert "code" in dry_run(capsys, launch_file, wrong, *published)  # not there: nothing to compare with
+    publish(tmp_path / "anchor")
+    assert "experts.each.code: model.num_attention_heads = 4 cannot be split over" in refused(
+        capsys, launch_file, wrong, *published)
+    assert "expert.ffn_hidden_size = 99999: expected 1 to the anchor's" in refused(
+        capsys, launch_file, "experts.options=[global_batch_size=32, expert.ffn_hidden_size=99999]", *published)
+    assert "experts.each.code: data.seq_length = 99999: expected at most" in refused(
+        capsys, launch_file, "experts.options=[global_batch_size=32, data.seq_length=99999]", *published)
+
+
+@pytest.mark.parametrize("code, out, error, message", [
+    (1, "", "slurm_load_jobs error: Unable to contact slurm controller", "squeue does not say whether job 17 (anchor)"),
+    (1, "", "slurm_load_jobs error: Invalid job id specified", None),
+    (0, "COMPLETED", "", None),
+    (0, "RUNNING", "", "job 17 (anchor) of an earlier launch into the same folder is still RUNNING"),
+])
+def test_whether_an_earlier_launch_is_over(tmp_path, monkeypatch, code, out, error, message):
+    tool = tmp_path / "squeue"
+    tool.write_text(f"#!/bin/bash\necho {out}; echo '{error}' >&2; exit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "jobs.json").write_text('{"anchor": {"job": "17"}}')
+    with pytest.raises(FlexOlmoError) if message else nullcontext() as raised:
+        _check_ended(tmp_path / "jobs.json")
+    assert message is None or str(raised.value).startswith(message)
+
+
 def test_a_refused_script_is_reported_with_what_was_submitted(capsys, launch_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, *INPUTS)
     tool = tmp_path / "sbatch"
     tool.write_text('#!/bin/bash\nif [[ $* = *anchor.sbatch ]]; then echo 17; else echo "no such" >&2; exit 1; fi\n')
     tool.chmod(0o755)
@@ -425,7 +516,7 @@ def test_a_refused_script_is_reported_with_what_was_submitted(capsys, launch_fil
 
 def test_only_what_is_missing_is_submitted(capsys, launch_file, tmp_path):
     out = tmp_path / "out"
-    (out / "anchor").mkdir(parents=True)
+    publish(out / "anchor")
     (out / "experts" / "code" / "package").mkdir(parents=True)
     parts = scripts(dry_run(capsys, launch_file))
     assert "anchor.sbatch" not in parts and sbatch_options(parts["experts.sbatch"])["array"] == "1"

@@ -1,0 +1,126 @@
+"""What a launch needs and none of its jobs makes, looked for before anything waits in a queue."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from flexolmo_megatron.config.layout import Kind, check_layout, data_parallel_size
+from flexolmo_megatron.config.model import ModelConfig
+from flexolmo_megatron.config.train import TrainConfig
+from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.launch.config import LaunchConfig, published_anchor
+from flexolmo_megatron.launch.load import job_slurm, training_config
+
+
+def check_layouts(config: LaunchConfig, stages: dict[str, list[str]]) -> None:
+    """Check that the models of the anchor's and the experts' runs can be divided as their options say.
+
+    Args:
+        config: the launch.
+        stages: the jobs that are to run; of the job experts with the names of its experts.
+
+    Raises:
+        FlexOlmoError: one cannot, or the published anchor is none.
+    """
+    made = "anchor" in stages
+    if made:
+        training = training_config(config, "anchor")
+        model = replace(training.model, num_experts=0, top_k=0, router_bias=False)
+        _check(config, "anchor", training, model, "dense", None, "anchor")
+    if "experts" not in stages or not (made or Path(published_anchor(config)).exists()):
+        return
+    anchor = training_config(config, "anchor").model if made else _published(config)
+    for name in stages["experts"]:
+        training = training_config(config, "experts", name)
+        width, where = training.expert.ffn_hidden_size or anchor.ffn_hidden_size, f"experts.each.{name}"
+        if not 1 <= width <= anchor.ffn_hidden_size:
+            raise FlexOlmoError(f"{where}: expert.ffn_hidden_size = {width}: expected 1 to the anchor's "
+                                f"{anchor.ffn_hidden_size}")
+        if training.expert.coordination:
+            model = replace(anchor, num_experts=2, top_k=2, ffn_hidden_size=width, router_bias=training.expert.bias)
+            _check(config, "experts", training, model, "pair", anchor.ffn_hidden_size, where)
+        else:
+            model = replace(anchor, num_experts=0, top_k=0, router_bias=False)
+            _check(config, "experts", training, model, "dense", None, where)
+
+
+def _published(config: LaunchConfig) -> ModelConfig:
+    from flexolmo_megatron.convert.model import open_model
+
+    path = published_anchor(config)
+    card = open_model(path).card
+    if card.kind != "moe" or card.model.num_experts != 1:
+        raise FlexOlmoError(f"{path} has no router row (kind {card.kind}, {card.model.num_experts} experts): expected "
+                            "a published anchor, as `flexolmo embed --publish` writes it")
+    return card.model
+
+
+def _check(config: LaunchConfig, stage: str, training: TrainConfig, model: ModelConfig, kind: Kind,
+           anchor_width: int | None, where: str) -> None:
+    slurm = job_slurm(config, stage)
+    world = slurm.nodes * slurm.processes_per_node
+    data_parallel = data_parallel_size(training.parallel, world)
+    length = training.data.seq_length
+    try:
+        if length > model.max_position_embeddings:
+            raise FlexOlmoError(f"data.seq_length = {length}: expected at most the model's max_position_embeddings = "
+                                f"{model.max_position_embeddings}")
+        check_layout(model, kind, training.parallel, world_size=world, seq_length=length,
+                     microbatches=training.global_batch_size // (training.micro_batch_size * data_parallel),
+                     anchor_ffn_hidden_size=anchor_width)
+    except FlexOlmoError as error:
+        raise FlexOlmoError(f"{where}: {error}") from None
+
+
+def missing_inputs(config: LaunchConfig, stages: dict[str, list[str]]) -> list[str]:
+    """Return a sentence for everything that the jobs read, that none of them makes and that is not there.
+
+    Args:
+        config: the launch.
+        stages: as for ``check_layouts``.
+    """
+    missing = []
+    if "anchor" in stages:
+        assert config.anchor is not None
+        missing += _documents("anchor.documents", config.anchor.documents)
+        missing += _data("anchor", training_config(config, "anchor"))
+    elif stages and not Path(published_anchor(config)).is_dir():
+        missing.append(f"the published anchor {published_anchor(config)} does not exist")
+    for name in stages.get("experts", ()):
+        assert config.experts is not None
+        expert, where = config.experts.each[name], f"experts.each.{name}"
+        missing += _documents(f"{where}.documents", expert.documents)
+        if expert.domain_vector is not None and not Path(expert.domain_vector).is_file():
+            missing.append(f"{where}.domain_vector = {expert.domain_vector} does not exist")
+        missing += _data(where, training_config(config, "experts", name))
+    if config.merge and "merge" in stages:
+        missing += [f"merge.packages: {path} does not exist" for path in config.merge.packages
+                    if not Path(path).exists()]
+    if config.merge and {"merge", "router"} & set(stages):
+        for domain, patterns in config.merge.domains.items():
+            missing += _documents(f"merge.domains.{domain}", patterns)
+    if "router" in stages:
+        missing += _data("router", training_config(config, "router"))
+    return missing
+
+
+def _documents(where: str, patterns: list[str]) -> list[str]:
+    from flexolmo_megatron.training.documents import find_files
+
+    missing = []
+    for pattern in patterns:
+        try:
+            find_files([pattern])
+        except FlexOlmoError as error:
+            missing.append(f"{where}: {error}")
+    return missing
+
+
+def _data(where: str, training: TrainConfig) -> list[str]:
+    from flexolmo_megatron.training.datasets import parse_blend
+
+    data = training.data
+    blends = {"data.train": data.train, "data.valid": data.valid, "data.public": data.public,
+              **{f"data.proxies.{name}": blend for name, blend in data.proxies.items()}}
+    return [f"{where}: {key}: {prefix}{suffix} does not exist" for key, blend in blends.items() if blend
+            for prefix in parse_blend(blend, key)[0] for suffix in (".bin", ".idx")
+            if not Path(f"{prefix}{suffix}").is_file()]
