@@ -93,7 +93,7 @@ def test_nothing_else_is_swept(tmp_path, dead):
         (tmp_path / name).write_text("mine")
     (tmp_path / f".x.{HOST}.{dead}.partial").mkdir()
     write_json(tmp_path / "x", 1)
-    assert names(tmp_path) == sorted([*kept, "x"])
+    assert names(tmp_path) == sorted({*kept, "x"})  # the parent may be process 1
     assert all((tmp_path / name).read_text() == "mine" for name in kept)
 
 
