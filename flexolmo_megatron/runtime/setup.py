@@ -123,7 +123,7 @@ def _join(backend: str, timeout: timedelta) -> None:
         return
     store, rank, size = next(torch.distributed.rendezvous("env://"))
     store = torch.distributed.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    torch.distributed.init_process_group(backend, timeout, store=store, rank=rank, world_size=size)
+    torch.distributed.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
 
 
 def world_size() -> int:
