@@ -72,7 +72,7 @@ def test_exit_status_of_the_process():
 
 def test_unknown_words_are_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["inspect", "a", "b"])
+        cli.main(["verify", "a", "b"])
     assert stopped.value.code == 2
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "anchor", "--presett", "tiny"])
