@@ -38,13 +38,13 @@ from flexolmo_megatron.domain.proxy_duplicates import (
     join_signatures,
     signatures,
 )
-from flexolmo_megatron.domain.proxy_pool import Chunk, read_chunks, work
 from flexolmo_megatron.domain.proxy_selection import Selection, select
 from flexolmo_megatron.domain.proxy_state import ProxyState, Scores, as_counter, counter_arrays, file_identity
 from flexolmo_megatron.domain.sample import reservoir_sample
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.plots import plot_scores
 from flexolmo_megatron.files import atomic_directory, write_json
+from flexolmo_megatron.training.document_pool import Chunk, read_chunks, work
 from flexolmo_megatron.training.documents import (
     DEFAULT_MAX_BAD,
     Bad,

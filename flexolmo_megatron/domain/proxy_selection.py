@@ -15,10 +15,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from flexolmo_megatron.domain.proxy_duplicates import DuplicateIndex, Signatures, signatures
-from flexolmo_megatron.domain.proxy_pool import Chunk, Records, read_chunks, work
 from flexolmo_megatron.domain.proxy_state import Scores
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import atomic_file
+from flexolmo_megatron.training.document_pool import Chunk, Records, read_chunks, work
 from flexolmo_megatron.training.tokenizer import load_tokenizer
 
 _MARGIN = 1.2

@@ -6,44 +6,31 @@ writes the results in the order of the input. So the output does not depend on t
 
 import contextlib
 import hashlib
-import multiprocessing
 import os
 import shutil
-import signal
 import tempfile
-import threading
 import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import TEMPORARY_SUFFIX, fsync_path
 from flexolmo_megatron.training.dataset_info import DatasetInfo
+from flexolmo_megatron.training.document_pool import Chunk, read_chunks, work
 from flexolmo_megatron.training.documents import (
     DEFAULT_MAX_BAD,
     Bad,
     BadDocuments,
     find_files,
-    parse_record,
-    read_records,
 )
 from flexolmo_megatron.training.progress import DocumentProgress
 from flexolmo_megatron.training.tokenizer import Tokenizer, load_tokenizer
 
-CHUNK_BYTES = 1 << 20
-"""Size of the piece of a file that one process tokenizes at a time: large against the cost of handing it over."""
-CHUNKS_IN_FLIGHT = 4
-"""Chunks per process that are read ahead, which bounds the memory."""
 SUFFIXES = (".bin", ".json", ".idx")
 """Files of a data set, in the order in which they appear: Megatron finds nothing before the .idx is there."""
-
-Records = list[tuple[int, bytes | None]]
 
 
 class Encoded(NamedTuple):
@@ -60,82 +47,25 @@ class Encoded(NamedTuple):
     bad: list[Bad]
 
 
-def _encode_chunk(tokenizer: Tokenizer, path: Path, records: Records, text_key: str, seed: int) -> Encoded:
-    ids: list[int] = []
-    encoded = Encoded(np.empty(0), [], [], [], [])
-    for line, raw in records:
-        text = parse_record(path, line, raw, text_key)
-        if isinstance(text, Bad):
-            encoded.bad.append(text)
-            continue
-        start = len(ids)
-        ids.extend(tokenizer.encode(text))
-        ids.append(tokenizer.eod)
-        data = text.encode("utf-8")
-        digest = hashlib.blake2b(data, digest_size=8, key=str(seed).encode()).digest()
-        encoded.lengths.append(len(ids) - start)
-        encoded.text_bytes.append(len(data))
-        encoded.positions.append(int.from_bytes(digest, "big") / 2**64)
-    return encoded._replace(tokens=np.array(ids, np.int32))
+def _encoder(argument: tuple[Tokenizer, str, int]) -> Callable[[Chunk], Encoded]:
+    tokenizer, text_key, seed = argument
 
+    def encode(chunk: Chunk) -> Encoded:
+        _, texts, bad = chunk.parse(text_key)
+        ids: list[int] = []
+        encoded = Encoded(np.empty(0), [], [], [], bad)
+        for text in texts:
+            start = len(ids)
+            ids.extend(tokenizer.encode(text))
+            ids.append(tokenizer.eod)
+            data = text.encode("utf-8")
+            digest = hashlib.blake2b(data, digest_size=8, key=str(seed).encode()).digest()
+            encoded.lengths.append(len(ids) - start)
+            encoded.text_bytes.append(len(data))
+            encoded.positions.append(int.from_bytes(digest, "big") / 2**64)
+        return encoded._replace(tokens=np.array(ids, np.int32))
 
-_worker_tokenizer: Tokenizer
-
-
-def _start_worker(spec: dict[str, str]) -> None:
-    global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent sees to it
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker_tokenizer = load_tokenizer(spec)
-    parent = multiprocessing.parent_process()
-
-    def leave_with_parent() -> None:
-        # Where the parent is killed nobody would tell this process to stop waiting for work.
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-def _encode_in_worker(*chunk: Any) -> Encoded:
-    return _encode_chunk(_worker_tokenizer, *chunk)
-
-
-def _read_chunks(files: Iterable[Path], text_key: str) -> Iterator[tuple[Path, Records]]:
-    for path in files:
-        records: Records = []
-        size = 0
-        for line, raw in read_records(path, text_key):
-            records.append((line, raw))
-            size += len(raw or b"")
-            if size >= CHUNK_BYTES:
-                yield path, records
-                records, size = [], 0
-        yield path, records
-
-
-def _encode(files: Iterable[Path], tokenizer: Tokenizer, text_key: str, seed: int, workers: int) -> Iterator[Encoded]:
-    """Yield the tokenized chunks in the order of the files."""
-    chunks = _read_chunks(files, text_key)
-    if workers == 1:
-        for chunk in chunks:
-            yield _encode_chunk(tokenizer, *chunk, text_key, seed)
-        return
-    # spawn: a fork of a process that has started threads, as torch does, may deadlock
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer.spec,))
-    pending: deque[Future[Encoded]] = deque()
-    try:
-        for chunk in chunks:
-            pending.append(pool.submit(_encode_in_worker, *chunk, text_key, seed))
-            if len(pending) > workers * CHUNKS_IN_FLIGHT:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise FlexOlmoError(f"a tokenizing process was killed (out of memory?); --workers {workers} may be too many") \
-            from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return encode
 
 
 class _Output:
@@ -231,10 +161,11 @@ def preprocess(inputs: Sequence[str], out: str | Path, *, tokenizer: dict[str, s
             raise FlexOlmoError(f"{path} already exists; name another --out or remove it first")
     loaded = load_tokenizer(tokenizer)
     bad = BadDocuments(max_bad)
-    with _appear_together(paths) as folder, DocumentProgress() as progress, \
-            contextlib.closing(_encode(files, loaded, text_key, seed, workers)) as chunks:
+    results = work(read_chunks(enumerate(files), text_key), _encoder, (loaded, text_key, seed), workers,
+                   "tokenizing process")
+    with _appear_together(paths) as folder, DocumentProgress() as progress, contextlib.closing(results):
         outputs = [_Output(prefix, folder, loaded) for prefix in prefixes]
-        for encoded in chunks:
+        for _, encoded in results:
             for item in encoded.bad:
                 bad.add(item)
             ends = np.cumsum(encoded.lengths)

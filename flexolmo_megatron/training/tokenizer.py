@@ -81,6 +81,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eod = self._tokenizer.eos_token_id
         self.vocab_size = len(self._tokenizer)
 
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return HuggingFaceTokenizer, (self.spec["path"],)  # other processes load it themselves
+
     def encode(self, text: str) -> list[int]:
         # split_special_tokens: a document that contains "<|endoftext|>" must not be able to end itself. verbose=False:
         # documents longer than the tokenizer's model_max_length are cut into sequences later, no reason to warn.

@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from flexolmo_megatron.commands import data as data_command
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.training import preprocess as module
+from flexolmo_megatron.training import document_pool
 from flexolmo_megatron.training.dataset_info import DatasetInfo
 from flexolmo_megatron.training.preprocess import preprocess
 from flexolmo_megatron.training.tokenizer import load_tokenizer
@@ -61,7 +61,7 @@ def test_hugging_face_tokenizer(tmp_path, word_tokenizer):
 
 
 def test_output_does_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(document_pool, "CHUNK_BYTES", 500)
     write_jsonl(tmp_path / "a.jsonl", TEXTS[:250])
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write('{"text": ""}\n{broken\n')
@@ -194,8 +194,8 @@ def test_killed_run_leaves_no_data_set_and_no_process(tmp_path):
 
 def test_killed_worker_is_one_sentence(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl")
-    monkeypatch.setattr(module, "_encode_in_worker", os.abort)
-    monkeypatch.setattr(module, "_start_worker", os.abort)
+    monkeypatch.setattr(document_pool, "_call", os.abort)
+    monkeypatch.setattr(document_pool, "_start_worker", os.abort)
     with pytest.raises(FlexOlmoError, match=r"^a tokenizing process was killed \(out of memory\?\); --workers 2 "):
         preprocess([str(path)], tmp_path / "set", tokenizer=BYTE, workers=2)
     assert list(tmp_path.iterdir()) == [path]

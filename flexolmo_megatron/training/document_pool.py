@@ -18,6 +18,7 @@ from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.training.documents import Bad, parse_record, read_records
 
 CHUNK_BYTES = 1 << 20
+"""Size of the piece of a file that one process works on at a time: large against the cost of handing it over."""
 CHUNK_RECORDS = 4096
 CHUNKS_IN_FLIGHT = 4
 """Chunks per process that are read ahead, which bounds the memory."""
@@ -95,8 +96,8 @@ def _call(chunk: Chunk) -> Any:
     return _work(chunk)
 
 
-def work(chunks: Iterable[Chunk], setup: Callable[[T], Callable[[Chunk], Any]], argument: T,
-         workers: int) -> Iterator[tuple[Chunk, Any]]:
+def work(chunks: Iterable[Chunk], setup: Callable[[T], Callable[[Chunk], Any]], argument: T, workers: int,
+         process: str = "process") -> Iterator[tuple[Chunk, Any]]:
     """Yield each chunk, without its records, and what the function that ``setup(argument)`` returns makes of it.
 
     Args:
@@ -104,6 +105,7 @@ def work(chunks: Iterable[Chunk], setup: Callable[[T], Callable[[Chunk], Any]], 
         setup: a function of a module; called once in each process.
         argument: for ``setup``; is pickled.
         workers: processes; 1 is this process.
+        process: what an error calls one of them.
 
     Raises:
         FlexOlmoError: a process was killed; and whatever reading and the function raise.
@@ -126,6 +128,6 @@ def work(chunks: Iterable[Chunk], setup: Callable[[T], Callable[[Chunk], Any]], 
             done, future = pending.popleft()
             yield done, future.result()
     except BrokenProcessPool as error:
-        raise FlexOlmoError(f"a process was killed (out of memory?); --workers {workers} may be too many") from error
+        raise FlexOlmoError(f"a {process} was killed (out of memory?); --workers {workers} may be too many") from error
     finally:
         pool.shutdown(cancel_futures=True)
