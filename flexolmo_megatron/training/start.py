@@ -204,7 +204,7 @@ def start(planned: Plan, config: TrainConfig) -> Start:
         )
     )
     fill_pair(chunks, planned.anchor, rows)
-    return Start(card, _wrap(config, chunks))
+    return Start(card, wrap(config, chunks))
 
 
 def name_anchor(planned: Plan, config: TrainConfig) -> torch.Tensor:
@@ -251,7 +251,7 @@ def _filled(config: TrainConfig, planned: Plan) -> list[DistributedDataParallel]
         for chunk in chunks:
             freeze_all_but_router(chunk)
             switch_off(chunk, planned.source.card.expert_names, planned.card.row_sets[0])
-    return _wrap(config, chunks)
+    return wrap(config, chunks)
 
 
 def _digests(anchor: LazyModel, dense: bool) -> tuple[str, str | None]:
@@ -337,7 +337,7 @@ def _leave(weight: torch.Tensor) -> None:
     """Megatron's initialisation of a weight that is about to be loaded."""
 
 
-def _wrap(config: TrainConfig, chunks: list[GPTModel]) -> list[DistributedDataParallel]:
+def wrap(config: TrainConfig, chunks: list[GPTModel]) -> list[DistributedDataParallel]:
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.use_distributed_optimizer
     )
