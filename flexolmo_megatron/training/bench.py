@@ -46,6 +46,7 @@ from flexolmo_megatron.training.memory import memory_report
 from flexolmo_megatron.training.optimization import build_optimizer
 
 Z_LOSS = 1e-3
+"""Coefficient of the router's z-loss in every benchmark."""
 
 
 @dataclass
@@ -135,6 +136,49 @@ def _megatron(
     return Contestant(name, step, state_bytes)
 
 
+def random_batch(model: ModelConfig, sequences: int, length: int) -> dict[str, Tensor]:
+    """Random tokens of a step, with their labels and positions, each `[sequences, length]` on this process's device."""
+    tokens = torch.randint(model.vocab_size, (sequences, length + 1), device=local_device())
+    return {
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "positions": torch.arange(length, device=local_device()).expand(sequences, length),
+    }
+
+
+def halves(pair: GPTModel, model: ModelConfig) -> tuple[LazyModel, LazyModel]:
+    """Views of a live pair of that architecture: the published anchor, and the owner's part."""
+    one = ModelCard("moe", replace(model, num_experts=1, top_k=1), [ExpertRecord(PUBLIC)])
+    own = ModelCard("pair", model, [ExpertRecord(PUBLIC), ExpertRecord("owner")])
+    return live_model(pair, one), live_model(pair, own)
+
+
+def train_ffns_but_mask_anchor(mixture: GPTModel) -> Callable[[], None]:
+    """Prepare a stock mixture of two for an owner's run as the research code does it (arXiv 2507.07024).
+
+    Experts and routers train, all else is frozen.
+
+    Returns:
+        What is to be called between the backward pass and the optimizer: it sets the anchor's gradients to zero.
+    """
+    anchors, routers = [], []
+    for name, parameter in mixture.named_parameters():
+        parameter.requires_grad_(".mlp." in name)
+        if ".local_experts.0." in name or name.endswith(("linear_fc1.weight0", "linear_fc2.weight0")):
+            anchors.append(parameter)
+        elif name.endswith("router.weight"):
+            routers.append(parameter)
+    assert len(anchors) == 2 * len(routers) == 2 * mixture.config.num_layers
+
+    def mask() -> None:
+        for parameter in anchors:
+            parameter.main_grad.zero_()
+        for parameter in routers:
+            parameter.main_grad[0].zero_()
+
+    return mask
+
+
 def _pair_and_weights(model: ModelConfig) -> tuple[GPTModel, LazyModel]:
     """A random pair, and a view of it as the two-expert model that it is."""
     pair = build_model(model, "pair", transformer_config(model, "pair", moe_z_loss_coeff=Z_LOSS)).to(local_device())
@@ -142,9 +186,7 @@ def _pair_and_weights(model: ModelConfig) -> tuple[GPTModel, LazyModel]:
         for name, parameter in pair.named_parameters():
             if "router" in name:
                 parameter.normal_(std=model.init_method_std)
-    one = ModelCard("moe", replace(model, num_experts=1, top_k=1), [ExpertRecord(PUBLIC)])
-    own = ModelCard("pair", model, [ExpertRecord(PUBLIC), ExpertRecord("owner")])
-    return pair, couple(live_model(pair, one), live_model(pair, own))
+    return pair, couple(*halves(pair, model))
 
 
 def _stock(
@@ -165,21 +207,7 @@ def _stock(
     spec.layer_specs[0].submodules.mlp.submodules.router = TopKRouter  # one spec object for all layers
     mixture = build_model(model, "moe", megatron_config, spec=spec).to(local_device())
     load_weights(mixture, weights)
-    anchors, routers = [], []
-    for key, parameter in mixture.named_parameters():
-        parameter.requires_grad_(".mlp." in key)
-        if ".local_experts.0." in key or key.endswith(("linear_fc1.weight0", "linear_fc2.weight0")):
-            anchors.append(parameter)
-        elif key.endswith("router.weight"):
-            routers.append(parameter)
-    assert anchors and routers
-
-    def mask() -> None:
-        for parameter in anchors:
-            parameter.main_grad.zero_()
-        for parameter in routers:
-            parameter.main_grad[0].zero_()
-
+    mask = train_ffns_but_mask_anchor(mixture)
     return _megatron(name, mixture, config, batch, mask, fused_adamw=ours_around)
 
 
@@ -241,12 +269,7 @@ def bench_pair_step(model: ModelConfig, sequences: int, length: int, rounds: int
     """
     initialize()
     torch.manual_seed(seed)
-    tokens = torch.randint(model.vocab_size, (sequences, length + 1), device=local_device())
-    batch = {
-        "tokens": tokens[:, :-1].contiguous(),
-        "labels": tokens[:, 1:].contiguous(),
-        "positions": torch.arange(length, device=local_device()).expand(sequences, length),
-    }
+    batch = random_batch(model, sequences, length)
     config = TrainConfig(out="")
     pair, weights = _pair_and_weights(model)
     contestants = [

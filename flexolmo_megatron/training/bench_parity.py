@@ -28,6 +28,7 @@ from flexolmo_megatron.model.fp8 import fp8_settings
 from flexolmo_megatron.model.spec import TorchSpecProvider, engine_is_default
 from flexolmo_megatron.model.weights import live_model, load_anchor, load_weights
 from flexolmo_megatron.runtime.setup import local_device
+from flexolmo_megatron.training.bench import halves, random_batch
 from flexolmo_megatron.training.freezing import freeze_anchor
 
 _SPREAD = 0.7355 / math.sqrt(3)
@@ -138,23 +139,20 @@ def _round(model: nn.Module, router_std: float) -> nn.Module:
 def _random_pair(reference: Variant, model: ModelConfig) -> tuple[LazyModel, LazyModel]:
     """Anchor and owner's part of a random pair."""
     pair = _round(_build(reference, model, "pair"), 1 / math.sqrt(model.hidden_size))
-    one = ModelCard("moe", replace(model, num_experts=1, top_k=1), [ExpertRecord(PUBLIC)])
-    own = ModelCard("pair", model, [ExpertRecord(PUBLIC), ExpertRecord("owner")])
-    return live_model(pair, one), live_model(pair, own)
+    return halves(pair, model)
 
 
-def _run_pair(variant: Variant, anchor: LazyModel, own: LazyModel, tokens: Tensor) -> _Result:
+def _run_pair(variant: Variant, anchor: LazyModel, own: LazyModel, batch: dict[str, Tensor]) -> _Result:
     model = _build(variant, own.card.model, "pair")
     load_anchor(model, anchor)
     load_weights(model, own)
     freeze_anchor(model)
     chunk = _wrapped(variant, model)
-    positions = torch.arange(tokens.shape[1] - 1, device=tokens.device).expand(len(tokens), -1)
     for _ in range(variant.passes):
         chunk.zero_grad_buffer()
         chunk.set_is_first_microbatch()
-        logits = chunk(tokens[:, :-1].contiguous(), positions, None)
-        nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        logits = chunk(batch["tokens"], batch["positions"], None)
+        nn.functional.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten()).backward()
     gradients = {name: p.main_grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     return _Result(logits.detach(), gradients)
 
@@ -175,17 +173,16 @@ def check_pair(
         plain: the local path in bf16.
         engines: Transformer Engine's.
     """
-    length = model.max_position_embeddings
-    tokens = torch.randint(model.vocab_size, (sequences, length + 1), device=local_device())
+    batch = random_batch(model, sequences, model.max_position_embeddings)
     anchor, own = _random_pair(reference, model)
-    expected = _run_pair(reference, anchor, own, tokens)
+    expected = _run_pair(reference, anchor, own, batch)
     in_series = 4 * model.num_layers
-    run = partial(_run_pair, anchor=anchor, own=own, tokens=tokens)
+    run = partial(_run_pair, anchor=anchor, own=own, batch=batch)
     yield from _compare("pair", expected, plain, engines, in_series, run)
     for variant in engines:
         if variant.recipe is not None:
             kept, dropped = (
-                _run_pair(replace(variant, drop_frozen=drop), anchor, own, tokens).output for drop in (False, True)
+                _run_pair(replace(variant, drop_frozen=drop), anchor, own, batch).output for drop in (False, True)
             )
             what = f"pair, output: {variant.name}, frozen weights in FP8 only"
             yield Check(what, _relative(dropped, kept), 0, "the same FP8 weights as with their bf16 copies")

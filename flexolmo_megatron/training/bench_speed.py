@@ -30,12 +30,12 @@ from flexolmo_megatron.model.engine import engine_settings, prepare_engine
 from flexolmo_megatron.model.fp8 import RECIPES
 from flexolmo_megatron.model.spec import engine_is_default
 from flexolmo_megatron.runtime.setup import local_device
+from flexolmo_megatron.training.bench import Z_LOSS, random_batch, train_ffns_but_mask_anchor
 from flexolmo_megatron.training.flops import Product, mixture_products, pair_flops, pair_products, total
 from flexolmo_megatron.training.freezing import freeze_anchor
 from flexolmo_megatron.training.gemms import count_gemms
 from flexolmo_megatron.training.optimization import build_optimizer
 
-Z_LOSS = 1e-3
 WARM = 3
 
 
@@ -197,21 +197,7 @@ def _ours(model: ModelConfig, recipe: str | None, batch: dict[str, Tensor]) -> C
 
 def _stock(model: ModelConfig, recipe: str | None, batch: dict[str, Tensor]) -> Callable[[], float]:
     mixture = _build(model, "moe", recipe, TopKRouter)
-    anchors, routers = [], []
-    for name, parameter in mixture.named_parameters():
-        parameter.requires_grad_(".mlp." in name)
-        if ".local_experts.0." in name or name.endswith(("linear_fc1.weight0", "linear_fc2.weight0")):
-            anchors.append(parameter)
-        elif name.endswith("router.weight"):
-            routers.append(parameter)
-    assert len(anchors) == 2 * len(routers) == 2 * model.num_layers
-
-    def mask() -> None:
-        for parameter in anchors:
-            parameter.main_grad.zero_()
-        for parameter in routers:
-            parameter.main_grad[0].zero_()
-
+    mask = train_ffns_but_mask_anchor(mixture)
     return _trainer(mixture, recipe, batch, mask)
 
 
@@ -225,12 +211,7 @@ def measure_pair(model: ModelConfig, sequences: int, recipe: str | None, rounds:
         rounds: timed steps.
     """
     length = model.max_position_embeddings
-    tokens = torch.randint(model.vocab_size, (sequences, length + 1), device=local_device())
-    batch = {
-        "tokens": tokens[:, :-1].contiguous(),
-        "labels": tokens[:, 1:].contiguous(),
-        "positions": torch.arange(length, device=local_device()).expand(sequences, length),
-    }
+    batch = random_batch(model, sequences, length)
     dtype = "bf16" if compute_dtype() is torch.bfloat16 else "fp32"
     plan = [(f"ours, {dtype}", _ours, None), (f"stock, {dtype}", _stock, None)]
     if recipe is not None:
