@@ -15,18 +15,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from flexolmo_megatron.config.model import ModelConfig
+from flexolmo_megatron.config.precision import Fp8Config
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.model.builder import block_spec, build_model
 from flexolmo_megatron.model.config import ModelKind, transformer_config
-from flexolmo_megatron.model.engine import engine_settings, prepare_engine
+from flexolmo_megatron.model.engine import engine_settings
 from flexolmo_megatron.model.fp8 import RECIPES
 from flexolmo_megatron.model.spec import engine_is_default
 from flexolmo_megatron.runtime.setup import local_device
@@ -35,6 +35,7 @@ from flexolmo_megatron.training.flops import Product, mixture_products, pair_flo
 from flexolmo_megatron.training.freezing import freeze_anchor
 from flexolmo_megatron.training.gemms import count_gemms
 from flexolmo_megatron.training.optimization import build_optimizer
+from flexolmo_megatron.training.start import wrap
 
 WARM = 3
 
@@ -168,12 +169,10 @@ def fitting_layers(model: ModelConfig, tokens: int, free_bytes: int) -> int:
 
 
 def _trainer(model: GPTModel, recipe: str | None, batch: dict[str, Tensor], mask: Callable[[], None]) -> Callable:
-    """A training step; ``mask`` runs between the backward pass and the optimizer."""
-    low = compute_dtype() is torch.bfloat16
-    module: nn.Module = Float16Module(model.config, model) if low else model
-    chunk = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), module)
-    prepare_engine(chunk, recipe)
-    optimizer = build_optimizer(TrainConfig(out="", bf16=low), [chunk])
+    """A training step of a model wrapped as in a run; ``mask`` runs between the backward pass and the optimizer."""
+    config = TrainConfig(out="", bf16=compute_dtype() is torch.bfloat16, fp8=Fp8Config(recipe))
+    [chunk] = wrap(config, [model])
+    optimizer = build_optimizer(config, [chunk])
 
     def step() -> float:
         chunk.zero_grad_buffer()
