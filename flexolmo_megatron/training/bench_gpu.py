@@ -26,7 +26,7 @@ from flexolmo_megatron.training.bench_parity import Check, check_layer, check_pa
 from flexolmo_megatron.training.bench_speed import (
     Products,
     Speed,
-    compute_dtype,
+    dtype_label,
     fitting_layers,
     fp8_peak,
     matmul_peak,
@@ -189,15 +189,14 @@ class Result:
 
 
 def default_recipe(chip: Chip) -> str | None:
-    """The recipe that is measured if none is named: the last of these that the chip runs; None for none of them."""
-    usable = []
-    for name in ("tensorwise", "mxfp8"):
+    """The recipe that is measured if none is named: the first of these that the chip runs; None for none of them."""
+    for name in ("mxfp8", "tensorwise"):
         try:
             check_recipe(name, chip)
         except FlexOlmoError:
             continue
-        usable.append(name)
-    return usable[-1] if usable else None
+        return name
+    return None
 
 
 def choose(device: str, recipe: str | None) -> tuple[Chip, str | None]:
@@ -250,7 +249,7 @@ def bench_gpu(chip: Chip, recipe: str | None, *, layers: int | None = None, roun
     _say("comparing Transformer Engine with the local modules")
     result.checks = list(compare(sizes, default_backend() if engine_is_default() else None, recipe))
     _say("measuring the matrix product's peak")
-    result.peak["bf16" if compute_dtype() is torch.bfloat16 else "fp32"] = matmul_peak(sizes.peak, rounds)
+    result.peak[dtype_label()] = matmul_peak(sizes.peak, rounds)
     if recipe is not None:
         result.peak["fp8"] = fp8_peak(sizes.peak, rounds)
     tokens = sizes.sequences * sizes.length

@@ -85,6 +85,11 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
+def dtype_label() -> str:
+    """``compute_dtype`` in the names of what is measured."""
+    return "bf16" if compute_dtype() is torch.bfloat16 else "fp32"
+
+
 def timed(work: Callable[[], object], rounds: int) -> float:
     """Median of seconds that ``work`` takes, after it has run ``WARM`` times."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
@@ -211,7 +216,7 @@ def measure_pair(model: ModelConfig, sequences: int, recipe: str | None, rounds:
     """
     length = model.max_position_embeddings
     batch = random_batch(model, sequences, length)
-    dtype = "bf16" if compute_dtype() is torch.bfloat16 else "fp32"
+    dtype = dtype_label()
     plan = [(f"ours, {dtype}", _ours, None), (f"stock, {dtype}", _stock, None)]
     if recipe is not None:
         plan += [(f"ours, FP8 {recipe}", _ours, recipe), (f"stock, FP8 {recipe}", _stock, recipe)]
@@ -250,7 +255,7 @@ def measure_layer(model: ModelConfig, sequences: int, recipe: str | None, rounds
     model = replace(model, num_layers=1, vocab_size=256)
     shape = (model.max_position_embeddings, sequences, model.hidden_size)
     tokens = shape[0] * shape[1]
-    dtype = "bf16" if compute_dtype() is torch.bfloat16 else "fp32"
+    dtype = dtype_label()
     plan = [(f"ours, {dtype}", None, None), (f"stock, {dtype}", TopKRouter, None)]
     if recipe is not None:
         plan.append((f"ours, FP8 {recipe}", None, recipe))
@@ -295,7 +300,7 @@ def measure_grouped(model: ModelConfig, rows: int, recipe: str | None, rounds: i
     half_to_one = [rows - rest * (experts - 1), *[rest] * (experts - 1)]
     splits = {"even": [rows // experts] * experts, "half to one": half_to_one}
     hidden = torch.randn(rows, model.hidden_size, device=local_device(), dtype=compute_dtype())
-    dtype = "bf16" if compute_dtype() is torch.bfloat16 else "fp32"
+    dtype = dtype_label()
     flops = Product("fc1", rows, model.hidden_size, 2 * model.ffn_hidden_size).flops
     speeds = []
     for used in dict.fromkeys((None, recipe)):
