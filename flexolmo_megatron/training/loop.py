@@ -105,7 +105,7 @@ def _tune_router(mode: Mode, config: TrainConfig, planned: Plan, signals: StopSi
         left = left and left - (part.steps - before)
         if part.steps < config.train_iters:
             return checkpoints[-1]
-    say(on_first_rank(lambda: write_tuned_model(planned.source, checkpoints, run)))
+    say(on_first_rank(lambda: write_tuned_model(planned.source, planned.card.merged_digest, checkpoints, run)))
     return checkpoints[0]
 
 

@@ -16,7 +16,8 @@ from flexolmo_megatron.config.card import PUBLIC, TUNED, TUNED_MODEL, UNTUNED, W
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
 from flexolmo_megatron.convert.megatron import open_megatron
-from flexolmo_megatron.convert.model import check_names, open_model, save_model
+from flexolmo_megatron.convert.megatron_writer import write_megatron
+from flexolmo_megatron.convert.model import check_names, open_model
 from flexolmo_megatron.convert.rows import is_row, untuned
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.digest import model_digest
@@ -110,11 +111,12 @@ def row_set_runs(config: TrainConfig, planned: Plan) -> list[RowSetRun]:
     return runs
 
 
-def write_tuned_model(merged: LazyModel, checkpoints: Sequence[Path], out: Path) -> str:
+def write_tuned_model(merged: LazyModel, expected: str, checkpoints: Sequence[Path], out: Path) -> str:
     """Write the merged model with its tuned rows into ``out``/model, its untuned rows beside them; rank 0 alone.
 
     Args:
         merged: the untuned model.
+        expected: its digest.
         checkpoints: the last one of each set's run, the one with all experts first.
         out: folder of the run.
 
@@ -123,7 +125,8 @@ def write_tuned_model(merged: LazyModel, checkpoints: Sequence[Path], out: Path)
 
     Raises:
         FlexOlmoError: a checkpoint cannot be read, or the model cannot be written.
-        RuntimeError: what was written differs from ``merged`` in more than tuned rows (a defect of this package).
+        RuntimeError: what was written differs in more than tuned rows: a defect of this package, or ``merged`` has
+            changed on disk since its digest was taken.
     """
     path = out / TUNED_MODEL
     if path.exists():
@@ -140,9 +143,8 @@ def write_tuned_model(merged: LazyModel, checkpoints: Sequence[Path], out: Path)
         merged.tensors | rows[first],
         {name: rows[name] for name in (*others, UNTUNED)},
     )
-    expected = model_digest(merged)
     with atomic_directory(path) as staging:
-        save_model(model, staging, "megatron")
+        write_megatron(model, staging)
         if (digest := model_digest(untuned(open_model(staging)))) != expected:
             raise RuntimeError(f"the tuned model with its untuned rows has the digest {digest}: expected {expected}")
     return (
