@@ -6,6 +6,7 @@ Used by `flexolmo train` before it starts, and by `flexolmo plan` to leave out w
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Literal
 
 from flexolmo_megatron.config.model import ModelConfig
@@ -48,51 +49,24 @@ def layout_problem(
         microbatches: per step and pipeline.
         anchor_ffn_hidden_size: pair only; None where it is the owner's.
     """
-    return next(_problems(model, kind, parallel, world_size, seq_length, microbatches, anchor_ffn_hidden_size), None)
+    problems = chain(
+        process_problems(parallel, world_size),
+        _pipeline_problems(model, parallel, microbatches),
+        _expert_problems(kind, parallel),
+        split_problems(model, kind, parallel, anchor_ffn_hidden_size),
+        _sequence_problems(kind, parallel, seq_length),
+    )
+    return next(problems, None)
 
 
-def check_layout(
-    model: ModelConfig,
-    kind: Kind,
-    parallel: ParallelConfig,
-    *,
-    world_size: int,
-    seq_length: int,
-    microbatches: int,
-    anchor_ffn_hidden_size: int | None = None,
-) -> None:
-    """Refuse a layout that cannot work; see ``layout_problem``.
+def check_layout(model: ModelConfig, kind: Kind, parallel: ParallelConfig, **sizes: int | None) -> None:
+    """Refuse a layout that cannot work; takes what ``layout_problem`` takes.
 
     Raises:
         FlexOlmoError: with what ``layout_problem`` says.
     """
-    problem = layout_problem(
-        model,
-        kind,
-        parallel,
-        world_size=world_size,
-        seq_length=seq_length,
-        microbatches=microbatches,
-        anchor_ffn_hidden_size=anchor_ffn_hidden_size,
-    )
-    if problem is not None:
+    if problem := layout_problem(model, kind, parallel, **sizes):
         raise FlexOlmoError(problem)
-
-
-def _problems(
-    model: ModelConfig,
-    kind: Kind,
-    parallel: ParallelConfig,
-    world_size: int,
-    seq_length: int,
-    microbatches: int,
-    anchor_ffn_hidden_size: int | None,
-) -> Iterator[str]:
-    yield from process_problems(parallel, world_size)
-    yield from _pipeline_problems(model, parallel, microbatches)
-    yield from _expert_problems(kind, parallel)
-    yield from split_problems(model, kind, parallel, anchor_ffn_hidden_size)
-    yield from _sequence_problems(kind, parallel, seq_length)
 
 
 def process_problems(parallel: ParallelConfig, world_size: int) -> Iterator[str]:
