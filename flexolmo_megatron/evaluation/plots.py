@@ -28,9 +28,21 @@ _METRICS = (("loss", "loss (nats per token)"), ("lr", "learning rate"), ("grad_n
 
 
 @contextmanager
-def _figure(path: str | os.PathLike, rows: int, columns: int, width: float, height: float,
-            **options: Any) -> Iterator[tuple["Figure", Any]]:
-    """Give a figure of ``width`` x ``height`` inches and its axes `[rows, columns]`; then write it to ``path``."""
+def saved_figure(path: str | os.PathLike, rows: int, columns: int, width: float, height: float,
+                 **options: Any) -> Iterator[tuple["Figure", Any]]:
+    """Give a figure of ``width`` x ``height`` inches and its axes `[rows, columns]`; then write it to ``path`` as PNG.
+
+    Args:
+        path: of the file.
+        rows: of axes.
+        columns: of axes.
+        width: inches.
+        height: inches.
+        options: further ones of matplotlib's ``subplots``.
+
+    Raises:
+        FlexOlmoError: matplotlib is missing, or the file cannot be written.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -79,7 +91,7 @@ def plot_bits_per_byte(bits_per_byte: Mapping[str, Mapping[str, float]], path: s
         label = "above the best of the column (%)"
     longest = max(map(len, models))
     width = 2.2 + 0.075 * longest + max(1.15, 0.09 * max(map(len, domains))) * len(domains)
-    with _figure(path, 1, 1, max(6.5, width), max(3.2, 1.5 + 0.55 * len(models))) as (figure, axes):
+    with saved_figure(path, 1, 1, max(6.5, width), max(3.2, 1.5 + 0.55 * len(models))) as (figure, axes):
         axis: Axes = axes[0, 0]
         image = axis.imshow(change, aspect="auto", **colours)
         for row, column in np.ndindex(values.shape):
@@ -117,7 +129,7 @@ def plot_routing_share(routing: "Mapping[str, Mapping[str, RoutingShare]]", path
     layers = max(len(share.weight) for row in routing.values() for share in row.values())
     width = max(1.6, 0.1 * layers) * len(domains) + 1.8
     height = 1.75 * len(models) + 1.1
-    with _figure(path, len(models), len(domains), width, height, sharex=True, sharey=True) as (figure, axes):
+    with saved_figure(path, len(models), len(domains), width, height, sharex=True, sharey=True) as (figure, axes):
         shown: dict[str, Any] = {}
         for row, model in enumerate(models):
             for column, domain in enumerate(domains):
@@ -162,7 +174,7 @@ def plot_opt_out(bits_per_byte: Mapping[str, Mapping[str, float]], path: str | o
     models = [public, merged, *opted_out.values()]
     domains = list(bits_per_byte[merged])
     width = 0.85 / len(models)
-    with _figure(path, 1, 1, 2.8 + 0.42 * len(models) * len(domains), 4.2) as (figure, axes):
+    with saved_figure(path, 1, 1, 2.8 + 0.42 * len(models) * len(domains), 4.2) as (figure, axes):
         axis: Axes = axes[0, 0]
         for index, model in enumerate(models):
             left = [column + (index - (len(models) - 1) / 2) * width for column in range(len(domains))]
@@ -197,7 +209,7 @@ def plot_curves(runs: Mapping[str, Mapping[int, Mapping[str, float]]], path: str
         raise FlexOlmoError(f"{', '.join(runs)}: no metric to draw; expected some of "
                             f"{', '.join(key for key, _ in _METRICS)}")
     rows = (len(metrics) + 1) // 2
-    with _figure(path, rows, 2, 11, 0.8 + 2.7 * rows) as (figure, axes):
+    with saved_figure(path, rows, 2, 11, 0.8 + 2.7 * rows) as (figure, axes):
         handles: dict[str, Any] = {}
         for axis, (key, label) in zip(axes.flat, metrics, strict=False):
             for index, (name, steps) in enumerate(runs.items()):
@@ -228,7 +240,7 @@ def plot_scores(histogram: Mapping[str, Sequence[float]], path: str | os.PathLik
     """
     edges = histogram["edges"]
     labels = {"public": "public", "proxies": "proxies, of the public ones", "owner_held_out": "owner's, held out"}
-    with _figure(path, 1, 1, 7.5, 4) as (figure, axes):
+    with saved_figure(path, 1, 1, 7.5, 4) as (figure, axes):
         axis: Axes = axes[0, 0]
         for key, colour in zip(labels, (_GREY, _COLOURS[0], _COLOURS[1]), strict=True):
             axis.stairs(histogram[key], edges, fill=key != "owner_held_out", color=colour, label=labels[key],
@@ -252,7 +264,7 @@ def plot_domains(positions: Mapping[str, Sequence[float]], shares: tuple[float, 
         shares: of the variance along both axes.
         path: of the PNG file.
     """
-    with _figure(path, 1, 1, 6.5, 5.5) as (_, axes):
+    with saved_figure(path, 1, 1, 6.5, 5.5) as (_, axes):
         axis: Axes = axes[0, 0]
         for index, (name, (x, y)) in enumerate(positions.items()):
             axis.scatter([x], [y], s=70, color=_COLOURS[index % len(_COLOURS)], zorder=2)

@@ -4,8 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.files import atomic_file
+from flexolmo_megatron.evaluation.plots import saved_figure
 from flexolmo_megatron.launch.plan import GB, Estimate, overrides
 from flexolmo_megatron.launch.plan_hardware import Hardware
 from flexolmo_megatron.launch.plan_traffic import KINDS
@@ -130,30 +129,19 @@ def draw(estimates: Sequence[Estimate], hardware: Hardware, limit: float, title:
     Raises:
         FlexOlmoError: matplotlib is missing, or the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise FlexOlmoError("pictures need matplotlib; install it with: pip install matplotlib") from None
-    figure = Figure(figsize=(11, 1.6 + 0.42 * len(estimates)), layout="constrained")
-    FigureCanvasAgg(figure)
-    memory, time = figure.subplots(1, 2, sharey=True)
     names = [_label(number, estimate) for number, estimate in enumerate(estimates, 1)]
-    _bars(memory, names, [{k: v / GB for k, v in _memory(e).items()} for e in estimates])
-    memory.axvline(limit / GB, color="black", linestyle="--", linewidth=1, label="free on a GPU")
-    memory.set_xlabel("GB on the GPU that needs the most (counted)")
-    _bars(time, names, [_times(e) for e in estimates])
-    time.set_xlabel(f"s per step (estimated at {100 * hardware.share:g} % of {hardware.peak_tflops:g} TFLOP/s)")
-    for axes in (memory, time):
-        axes.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    memory.invert_yaxis()
-    figure.suptitle(title, fontsize=10)
-    try:
-        with atomic_file(path) as file:
-            figure.savefig(file, format="png", dpi=150)
-    except OSError as error:
-        raise FlexOlmoError(f"--plot {path} cannot be written: {error.strerror}") from error
+    with saved_figure(path, 1, 2, 11, 1.6 + 0.42 * len(estimates), sharey=True) as (figure, axes):
+        memory, time = axes[0]
+        _bars(memory, names, [{k: v / GB for k, v in _memory(e).items()} for e in estimates])
+        memory.axvline(limit / GB, color="black", linestyle="--", linewidth=1, label="free on a GPU")
+        memory.set_xlabel("GB on the GPU that needs the most (counted)")
+        _bars(time, names, [_times(e) for e in estimates])
+        time.set_xlabel(f"s per step (estimated at {100 * hardware.share:g} % of {hardware.peak_tflops:g} TFLOP/s)")
+        for axis in (memory, time):
+            axis.legend(fontsize=7, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+            axis.spines[["top", "right"]].set_visible(False)
+        memory.invert_yaxis()
+        figure.suptitle(title, fontsize=10)
 
 
 def _label(number: int, estimate: Estimate) -> str:
@@ -166,7 +154,7 @@ def _label(number: int, estimate: Estimate) -> str:
 
 def _times(estimate: Estimate) -> dict[str, float]:
     times = {"compute": estimate.compute_seconds + estimate.optimizer_seconds, "bubble": estimate.bubble_seconds}
-    return times | {kind: seconds for kind, seconds in estimate.traffic_seconds.items()}
+    return times | estimate.traffic_seconds
 
 
 def _bars(axes: Any, names: list[str], rows: list[dict[str, float]]) -> None:
