@@ -33,6 +33,7 @@ from flexolmo_megatron.files import sweep_folder, temporary_name
 from flexolmo_megatron.runtime.ranks import on_first_rank, together
 from flexolmo_megatron.training.checkpoint_writer import CheckpointWriter
 from flexolmo_megatron.training.integrity import damage
+from flexolmo_megatron.training.optimization import parts
 from flexolmo_megatron.training.optimizer_shares import sharded_param_state
 from flexolmo_megatron.training.optimizer_state import put_back_groups, take_out_groups
 
@@ -87,10 +88,6 @@ def step_folders(run: Path) -> list[Path]:
     return [path for path in all_step_folders(run) if (path / CARD_FILE).is_file()]
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
-
-
 def _metadata() -> dict[str, Any]:
     return {
         "non_homogeneous_layers": True,
@@ -113,7 +110,7 @@ def _sharded_state(state: TrainingState, is_loading: bool) -> dict[str, Any]:
                 f"name for it"
             )
         models[f"model{index}"] = {name: tensor for name, tensor in sharded.items() if name in trainable}
-    for part in _parts(state.optimizer):
+    for part in parts(state.optimizer):
         if part.optimizer is not None and not is_loading:
             _begin_moments(part)  # where every step so far was skipped
         if isinstance(part, DistributedOptimizer):
@@ -242,16 +239,16 @@ def _loading_torch_adamw(optimizer: MegatronOptimizer) -> Iterator[None]:
     Upstream's distributed optimizer (0.16.1) expects the state of step 0 to be there, forgets AdamW's "step" when it
     copies moments, and gives all parameters one and the same tensor as "step".
     """
-    parts = [part for part in _parts(optimizer) if part.optimizer is not None]
     if not USING_PYTORCH_OPTIMIZER:
         yield
         return
-    for part in parts:
+    used = [part for part in parts(optimizer) if part.optimizer is not None]
+    for part in used:
         _begin_moments(part)
         if isinstance(part, DistributedOptimizer):
             part._set_main_param_and_optimizer_states = partial(_set_with_step, part)
     yield
-    for part in parts:
+    for part in used:
         for state in part.optimizer.state.values():
             state["step"] = state["step"].clone()
 

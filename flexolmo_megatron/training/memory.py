@@ -8,6 +8,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from flexolmo_megatron.model.engine import stored_tensors
+from flexolmo_megatron.training.optimization import parts
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,8 @@ def _bytes(tensors: list[Tensor]) -> int:
 
 def optimizer_tensors(optimizer: MegatronOptimizer) -> list[Tensor]:
     """All tensors of an optimizer: moments, and master weights where they are not the model's own."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
     tensors = []
-    for part in parts:
+    for part in parts(optimizer):
         if part.optimizer is None:  # nothing to optimise on this rank
             continue
         tensors += [

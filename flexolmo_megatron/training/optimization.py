@@ -49,6 +49,11 @@ def build_optimizer(config: TrainConfig, chunks: list[DistributedDataParallel]) 
     return optimizer
 
 
+def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that one is made of: Megatron chains several, or it is a single one."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def build_scheduler(config: TrainConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """The learning rate by optimizer step."""
     settings = config.optimizer
@@ -90,7 +95,7 @@ def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
         optimizer: from ``build_optimizer``, after ``gradient_norm``.
         norm: what that returned; finite, and the same on all ranks.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts(optimizer):
         if part.config.clip_grad > 0 and not part.is_stub_optimizer and (parameters := part.get_parameters()):
             clip_grad_by_total_norm_fp32(
                 parameters,

@@ -13,6 +13,8 @@ from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 
+from flexolmo_megatron.training.optimization import parts
+
 _FORMAT = "param_state_sharding_type"
 """Says which of upstream's formats a distributed optimizer's state has; here always the same (``checkpoint.py``)."""
 
@@ -34,18 +36,18 @@ def take_out_groups(sharded: dict[Any, Any]) -> int:
 
 def put_back_groups(loaded: dict[Any, Any], optimizer: MegatronOptimizer, step: int) -> None:
     """Give a loaded state the parameter groups of this run's optimizer at ``step``, where it looks for them."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    chain = parts(optimizer)
     for key in list(loaded):  # empty parts of another chain
-        if isinstance(key, int) != (len(parts) > 1):
+        if isinstance(key, int) != (len(chain) > 1):
             del loaded[key]
-    for number, part in enumerate(parts):
+    for number, part in enumerate(chain):
         if part.optimizer is None:  # this rank has none of its parameters
             continue
-        state = loaded if len(parts) == 1 else loaded[number]
+        state = loaded if len(chain) == 1 else loaded[number]
+        if isinstance(part, DistributedOptimizer):
+            state[_FORMAT] = "fully_reshardable"
         if not isinstance(part, FP32Optimizer):
             state = state.setdefault("optimizer", {})
-        if isinstance(part, DistributedOptimizer):
-            (loaded if len(parts) == 1 else loaded[number])[_FORMAT] = "fully_reshardable"
         state["param_groups"] = part.optimizer.state_dict()["param_groups"]
         if USING_PYTORCH_OPTIMIZER and not isinstance(part, DistributedOptimizer):
             state["state"]["common_step"] = torch.tensor(float(step))  # AdamW counts per parameter
