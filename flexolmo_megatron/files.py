@@ -38,13 +38,9 @@ def _prefix(path: Path) -> str:
     return f".{path.name}.{socket.gethostname()}."
 
 
-def temporary_name(name: str) -> str:
-    """Name under which this process writes, or removes, what is called ``name``."""
-    return f"{_prefix(Path(name))}{os.getpid()}{TEMPORARY_SUFFIX}"
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(temporary_name(path.name))
+def temporary_path(path: Path) -> Path:
+    """Where this process writes, or removes, what is or will be at ``path``."""
+    return path.with_name(f"{_prefix(path)}{os.getpid()}{TEMPORARY_SUFFIX}")
 
 
 def _is_alive(process: int) -> bool:
@@ -118,7 +114,7 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
         FlexOlmoError: the file cannot be written (missing folder, full disk, no permission).
     """
     path = Path(path)
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     _sweep(path)
     try:
         with open(temporary, mode) as file:
@@ -133,6 +129,17 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
         temporary.unlink(missing_ok=True)
 
 
+def check_free(directory: str | os.PathLike) -> None:
+    """Check that results can go into ``directory``: before long work, and not only after it.
+
+    Raises:
+        FlexOlmoError: it is a file, or a folder that is not empty.
+    """
+    path = Path(directory)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FlexOlmoError(f"{path} already exists; name a new directory or remove it first")
+
+
 @contextlib.contextmanager
 def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary directory that becomes ``path`` when the block ends without an exception.
@@ -143,9 +150,8 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
         FlexOlmoError: the destination is taken, or cannot be written.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FlexOlmoError(f"{path} already exists; name a new directory or remove it first")
-    temporary = _temporary(path)
+    check_free(path)
+    temporary = temporary_path(path)
     _sweep(path)
     try:
         temporary.mkdir(parents=True)

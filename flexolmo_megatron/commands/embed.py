@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.files import check_free
 
 if TYPE_CHECKING:
     from flexolmo_megatron.convert.lazy import LazyModel
@@ -79,9 +80,8 @@ def _check_targets(args: argparse.Namespace, anchor: "LazyModel") -> None:
         raise FlexOlmoError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist")
     if Path(args.out).is_dir():
         raise FlexOlmoError(f"--out {args.out} is a folder; expected the name of a file")
-    target = Path(args.publish) if args.publish else None
-    if target and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FlexOlmoError(f"{target} already exists; name a new directory or remove it first")
+    if args.publish:
+        check_free(args.publish)
 
 
 def _sample(args: argparse.Namespace) -> list[str]:

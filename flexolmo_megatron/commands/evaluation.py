@@ -67,7 +67,8 @@ def run_eval(args: argparse.Namespace) -> None:
     from flexolmo_megatron.commands.console import show
     from flexolmo_megatron.evaluation.candidates import parse_candidate, parse_domains
     from flexolmo_megatron.evaluation.compare import Options, compare
-    from flexolmo_megatron.evaluation.report import check_free, write_report
+    from flexolmo_megatron.evaluation.report import write_report
+    from flexolmo_megatron.files import check_free
 
     check_free(args.out)
     candidates = [parse_candidate(text) for text in args.model]

@@ -43,7 +43,7 @@ from flexolmo_megatron.domain.proxy_state import ProxyState, Scores, as_counter,
 from flexolmo_megatron.domain.sample import reservoir_sample
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.plots import plot_scores
-from flexolmo_megatron.files import atomic_directory, write_json
+from flexolmo_megatron.files import atomic_directory, check_free, write_json
 from flexolmo_megatron.training.document_pool import Chunk, read_chunks, work
 from flexolmo_megatron.training.documents import (
     DEFAULT_MAX_BAD,
@@ -135,8 +135,7 @@ def select_proxies(owner: Sequence[str], public: Sequence[str], out: str | os.Pa
     """
     options.check()
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FlexOlmoError(f"{out} already exists; name a new directory or remove it first")
+    check_free(out)
     load_tokenizer(options.tokenizer)
     owner_files, public_files = find_files(owner), find_files(public)
     both = {path.resolve() for path in owner_files} & {path.resolve() for path in public_files}

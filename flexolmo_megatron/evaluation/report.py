@@ -3,21 +3,9 @@
 import os
 from pathlib import Path
 
-from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.plots import plot_bits_per_byte, plot_routing_share
 from flexolmo_megatron.evaluation.results import Results
 from flexolmo_megatron.files import atomic_directory
-
-
-def check_free(directory: str | os.PathLike) -> None:
-    """Check that results can go into ``directory``, before the work and not after it.
-
-    Raises:
-        FlexOlmoError: it is a file, or a folder that is not empty.
-    """
-    path = Path(directory)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FlexOlmoError(f"{path} already exists; name a new directory or remove it first")
 
 
 def write_report(results: Results, directory: str | os.PathLike) -> list[Path]:

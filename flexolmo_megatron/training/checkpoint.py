@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from flexolmo_megatron.config.card import CARD_FILE, ModelCard
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.files import sweep_folder, temporary_name
+from flexolmo_megatron.files import sweep_folder, temporary_path
 from flexolmo_megatron.runtime.ranks import on_first_rank, together
 from flexolmo_megatron.training.checkpoint_writer import CheckpointWriter
 from flexolmo_megatron.training.integrity import damage
@@ -166,7 +166,7 @@ def _delete(folder: Path) -> None:
     """Remove a checkpoint; what cannot be removed now (on NFS, files that somebody reads) is left to a later launch's
     ``sweep``."""
     # Under another name first: a kill in between leaves no checkpoint with half of its files.
-    going = folder.with_name(temporary_name(folder.name))
+    going = temporary_path(folder)
     with suppress(OSError):
         folder.rename(going)
         shutil.rmtree(going)

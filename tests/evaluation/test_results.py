@@ -10,9 +10,10 @@ from rich.console import Console
 
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.perplexity import DomainScore
-from flexolmo_megatron.evaluation.report import check_free, write_report
+from flexolmo_megatron.evaluation.report import write_report
 from flexolmo_megatron.evaluation.results import Results
 from flexolmo_megatron.evaluation.routing import RoutingShare
+from flexolmo_megatron.files import check_free
 
 SCORES = {
     "public": {"news": DomainScore(800.0, 400, 300, 4, 0.25), "math|1": DomainScore(300.0, 100, 100, 1, None)},
