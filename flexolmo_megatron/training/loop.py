@@ -84,7 +84,7 @@ def _train(mode: Mode, config: TrainConfig, planned: Plan, signals: StopSignals)
     on_first_rank(lambda: claim(run, mode, config, found))
     if found.path is not None:
         say(f"resuming from {found.path} at step {state.step}")
-    return _Run(mode, config, run, begun, datasets, state, signals).train()
+    return _Run(config, run, begun, datasets, state, signals).train()
 
 
 def _tune_router(mode: Mode, config: TrainConfig, planned: Plan, signals: StopSignals) -> Path:
@@ -99,7 +99,7 @@ def _tune_router(mode: Mode, config: TrainConfig, planned: Plan, signals: StopSi
             checkpoints.append(_train(mode, replace(part.config, stop_after=left), part.plan, signals))
         except StopRequested:
             mark = Path(part.config.out, REQUEUE_FILE)
-            on_first_rank(lambda mark=mark: (run / REQUEUE_FILE).write_text(mark.read_text()) and None)
+            on_first_rank(lambda mark=mark: (run / REQUEUE_FILE).write_text(mark.read_text()))
             raise
         gc.collect()  # modules and their hooks refer to one another
         left = left and left - (part.steps - before)
@@ -194,7 +194,6 @@ class _Run:
 
     def __init__(
         self,
-        mode: Mode,
         config: TrainConfig,
         run: Path,
         begun: Start,
@@ -202,21 +201,20 @@ class _Run:
         state: TrainingState,
         signals: StopSignals,
     ) -> None:
-        self.mode, self.config, self.run, self.card, self.datasets = mode, config, run, begun.card, datasets
+        self.config, self.run, self.card, self.datasets = config, run, begun.card, datasets
         self.state, self.signals = state, signals
         self.saving: CheckpointWriter | None = None
         self.saved = state.step
         self.signal = 0
         self.data_parallel = parallel_state.get_data_parallel_world_size()
         self.microbatches = config.global_batch_size // (config.micro_batch_size * self.data_parallel)
-        self.first = torch.distributed.get_rank() == 0
         self.forward_backward = get_forward_backward_func()
         own_prefixes = len(parse_blend(config.data.train)[0]) if config.expert.domain_loss_coeff else 0
         self.forward_step = partial(_forward_step, own_prefixes)
         self.log: RunLog | None = None
 
     def _open_log(self) -> None:
-        if self.first:
+        if torch.distributed.get_rank() == 0:
             self.log = RunLog(self.run, self.state.step)
 
     def _iterators(self, dataset: Any, consumed_samples: int) -> list[Iterator[dict[str, Tensor]]]:
@@ -234,8 +232,9 @@ class _Run:
             for _ in self.state.chunks
         ]
 
-    def _pass(self, iterators: list[Iterator], forward_only: bool) -> float:
-        """Run one global batch; returns the mean loss per token in nats (on every rank)."""
+    def _pass(self, iterators: list[Iterator], forward_only: bool) -> tuple[float, Tensor]:
+        """Run one global batch; returns the mean loss per token in nats (on every rank), and the sum of the token
+        losses that this rank itself has seen (a scalar)."""
         reports = self.forward_backward(
             forward_step_func=self.forward_step,
             data_iterator=iterators,
@@ -248,14 +247,14 @@ class _Run:
         totals = torch.zeros(2, dtype=torch.float64, device=local_device())
         for report in reports:  # empty except on the last pipeline stage
             totals += report["loss"]
-        self.own_loss = totals[0].clone()
+        own_loss = totals[0].clone()
         torch.distributed.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         torch.distributed.broadcast(
             totals,
             parallel_state.get_pipeline_model_parallel_last_rank(),
             parallel_state.get_pipeline_model_parallel_group(),
         )
-        return (totals[0] / totals[1]).item()
+        return (totals[0] / totals[1]).item(), own_loss
 
     def train(self) -> Path:
         config, state = self.config, self.state
@@ -278,7 +277,7 @@ class _Run:
         together(self._check_log)
         if state.step < config.train_iters and self.signal:
             name = signal.Signals(self.signal).name
-            on_first_rank(lambda: (self.run / REQUEUE_FILE).write_text(f"{name} at step {state.step}\n") and None)
+            on_first_rank(lambda: (self.run / REQUEUE_FILE).write_text(f"{name} at step {state.step}\n"))
             done = (
                 f"stopped after step {state.step} of {config.train_iters}, which is saved"
                 if state.step > began
@@ -322,11 +321,11 @@ class _Run:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
         lr = state.scheduler.get_lr({})  # of parameters without a rate of their own
-        loss = self._pass(iterators, forward_only=False)
+        loss, own_loss = self._pass(iterators, forward_only=False)
         norm = gradient_norm(state.optimizer)
         agreed = agree(
             signal=self.signals.received,
-            own_loss=self.own_loss,
+            own_loss=own_loss,
             own_gradients=state.largest_own_gradient,
             norm=norm,
             writing=self.saving is not None and self.saving.writing,
@@ -384,7 +383,7 @@ class _Run:
         for chunk in self.state.chunks:
             chunk.eval()
         iterators = self._iterators(self.datasets.valid, 0)
-        losses = [self._pass(iterators, forward_only=True) for _ in range(self.config.eval_iters)]
+        losses = [self._pass(iterators, forward_only=True)[0] for _ in range(self.config.eval_iters)]
         return sum(losses) / len(losses)
 
     def _report(self, row: dict[str, Any], bar: Bar, final: bool) -> None:
@@ -406,7 +405,7 @@ class _Run:
     def _save(self) -> None:
         """Save this step, in the background where the configuration says so."""
         self._finish_saving()
-        self.card.training = {
+        training = {
             "tokens": self.state.tokens,
             "steps": self.state.step,
             "lr": self.config.optimizer.lr,
@@ -415,7 +414,7 @@ class _Run:
         self.saving = checkpoint.begin_save(
             self.run,
             self.state,
-            replace(self.card),
+            replace(self.card, training=training),
             background=self.config.async_save,
             hashed=self.config.checkpoint_hash,
         )
@@ -433,8 +432,8 @@ class _Run:
         after = [frozen_fingerprint(chunk) for chunk in self.state.chunks]
         if after != before:
             raise RuntimeError(f"a frozen parameter has changed on rank {torch.distributed.get_rank()}")
-        if self.mode == "expert" and self.card.kind == "pair":
+        if self.card.kind == "pair":
             say(f"frozen parameters unchanged, bit by bit; anchor digest {self.card.anchor_digest}")
-        if self.mode == "router":
+        if self.card.kind == "router":
             digest = self.card.merged_digest
             say(f"all but router rows and biases unchanged, bit by bit; merged model's digest {digest}")
