@@ -5,7 +5,7 @@ its peak, never measurements. Everything here is arithmetic: no model is built a
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
 
@@ -14,7 +14,7 @@ from flexolmo_megatron.launch.plan_activations import Activations, peak_activati
 from flexolmo_megatron.launch.plan_compute import chunk_flops
 from flexolmo_megatron.launch.plan_hardware import Hardware
 from flexolmo_megatron.launch.plan_state import State, state
-from flexolmo_megatron.launch.plan_traffic import microbatch_traffic, optimizer_seconds, step_traffic
+from flexolmo_megatron.launch.plan_traffic import Traffic, microbatch_traffic, optimizer_seconds, step_traffic
 from flexolmo_megatron.launch.plan_work import Layout, Work, alike, chunks, layouts
 
 GB = 1e9
@@ -52,8 +52,8 @@ class Estimate:
     sent: dict[str, float]
     """Bytes that one process sends per step, by kind."""
     optimizer_seconds: float
-    peak_share: float
-    """Needed FLOPs per second over all GPUs as a share of their peak (MFU)."""
+    needed_seconds: float
+    """Of the step's needed FLOPs alone, on all GPUs at their peak."""
     tokens: int
     """Per step."""
 
@@ -66,6 +66,11 @@ class Estimate:
     def seconds(self) -> float:
         """Of one step."""
         return self.compute_seconds + self.bubble_seconds + sum(self.traffic_seconds.values()) + self.optimizer_seconds
+
+    @property
+    def peak_share(self) -> float:
+        """Needed FLOPs per second over all GPUs as a share of their peak (MFU)."""
+        return self.needed_seconds / self.seconds
 
     @property
     def bubble_share(self) -> float:
@@ -87,30 +92,32 @@ def memory(work: Work, layout: Layout) -> tuple[Stage, ...]:
 def estimate(work: Work, layout: Layout, hardware: Hardware, stages: tuple[Stage, ...]) -> Estimate:
     """Estimate the time of a step of a layout whose memory has been counted."""
     microbatches = layout.microbatches(work)
-    slowest, busiest = -1.0, None
-    for stage in stages:
-        flops = sum(n * chunk_flops(work, layout, chunk) for chunk, n in alike(work, layout, stage.stage))
-        traffic = microbatch_traffic(work, layout, stage.stage, hardware)
-        seconds = flops / hardware.flops + sum(traffic.seconds.values())
-        if seconds > slowest:
-            slowest, busiest = seconds, (flops, traffic)
-    flops, traffic = busiest
+
+    def seconds(costs: tuple[float, Traffic]) -> float:
+        return costs[0] / hardware.flops + sum(costs[1].seconds.values())
+
+    slowest = max((_microbatch(work, layout, hardware, stage.stage) for stage in stages), key=seconds)
+    flops, traffic = slowest
     ends = [step_traffic(work, layout, stage.state, hardware) for stage in stages]
     end = max(ends, key=lambda end: end.seconds["data"])
-    result = Estimate(
-        layout,
-        stages,
-        microbatches,
-        microbatches * flops / hardware.flops,
-        (layout.pipeline - 1) / layout.virtual * slowest,
-        {kind: microbatches * value for kind, value in traffic.seconds.items()} | end.seconds,
-        {kind: microbatches * value for kind, value in traffic.sent.items()} | end.sent,
-        max(optimizer_seconds(stage.state, work, hardware) for stage in stages),
-        0.0,
-        work.tokens,
+    return Estimate(
+        layout=layout,
+        stages=stages,
+        microbatches=microbatches,
+        compute_seconds=microbatches * flops / hardware.flops,
+        bubble_seconds=(layout.pipeline - 1) / layout.virtual * seconds(slowest),
+        traffic_seconds={kind: microbatches * value for kind, value in traffic.seconds.items()} | end.seconds,
+        sent={kind: microbatches * value for kind, value in traffic.sent.items()} | end.sent,
+        optimizer_seconds=max(optimizer_seconds(stage.state, work, hardware) for stage in stages),
+        needed_seconds=_needed_flops(work) / (layout.world * hardware.peak_tflops * 1e12),
+        tokens=work.tokens,
     )
-    needed = _needed_flops(work) / (layout.world * hardware.peak_tflops * 1e12 * result.seconds)
-    return replace(result, peak_share=needed)
+
+
+def _microbatch(work: Work, layout: Layout, hardware: Hardware, stage: int) -> tuple[float, Traffic]:
+    """What one microbatch costs a pipeline process: FLOPs and traffic."""
+    flops = sum(n * chunk_flops(work, layout, chunk) for chunk, n in alike(work, layout, stage))
+    return flops, microbatch_traffic(work, layout, stage, hardware)
 
 
 @cache
@@ -146,7 +153,7 @@ def plan(
             candidate = estimate(work, layout, hardware, stages)
             if layout.groups not in best or candidate.seconds < best[layout.groups].seconds:
                 best[layout.groups] = candidate
-    if smallest is None and pinned and (problem := replace(Layout(gpus), **_whole(pinned)).problem(work)):
+    if smallest is None and pinned and (problem := Layout(gpus, **pinned).problem(work)):
         raise FlexOlmoError(f"the given layout cannot run on {gpus} GPUs: {problem}")
     if smallest is None:
         raise FlexOlmoError(
@@ -159,11 +166,6 @@ def plan(
             f"{smallest[0] / GB:.1f} GB per GPU, of which {memory_limit / GB:.1f} GB are free"
         )
     return sorted(best.values(), key=lambda candidate: candidate.seconds)
-
-
-def _whole(pinned: Mapping[str, int]) -> dict[str, int]:
-    """Given values, and the size of experts' groups that follows from them."""
-    return {"expert_tensor": pinned.get("tensor", 1), **pinned}
 
 
 def describe(layout: Layout) -> str:
