@@ -39,15 +39,17 @@ class Recipe:
     """Lowest CUDA version of torch and Transformer Engine."""
     multiple: int
     """Every dimension of a matrix product is a multiple of this."""
-    scaling: str
-    """What shares a scale, for people."""
 
 
 RECIPES = {
-    "delayed": Recipe("hybrid", (8, 9), None, "12.1", 16, "one scale per tensor, from the largest value of the past"),
-    "tensorwise": Recipe("hybrid", (8, 9), None, "12.1", 16, "one scale per tensor, from its largest value now"),
-    "blockwise": Recipe("e4m3", (9, 0), None, "12.9", 16, "a scale per 1 x 128 activations and 128 x 128 weights"),
-    "mxfp8": Recipe("e4m3", (10, 0), (12, 0), "12.8", 32, "a power-of-two scale per 32 values, in hardware"),
+    # One scale per tensor, from the largest value of the past.
+    "delayed": Recipe("hybrid", (8, 9), None, "12.1", 16),
+    # One scale per tensor, from its largest value now.
+    "tensorwise": Recipe("hybrid", (8, 9), None, "12.1", 16),
+    # A scale per 1 x 128 activations and 128 x 128 weights.
+    "blockwise": Recipe("e4m3", (9, 0), None, "12.9", 16),
+    # A power-of-two scale per 32 values, in hardware.
+    "mxfp8": Recipe("e4m3", (10, 0), (12, 0), "12.8", 32),
 }
 """Under Megatron's names (``--fp8-recipe``)."""
 
@@ -97,7 +99,7 @@ def check_engine(chip: Chip, what: str) -> None:
         )
 
 
-def check_recipe(name: str, chip: Chip) -> Recipe:
+def check_recipe(name: str, chip: Chip) -> None:
     """Check that a chip can run an FP8 recipe.
 
     Args:
@@ -122,7 +124,6 @@ def check_recipe(name: str, chip: Chip) -> Recipe:
     if Version(chip.cuda) < Version(recipe.cuda):
         raise FlexOlmoError(f"{what} needs CUDA {recipe.cuda} or newer: torch was built for CUDA {chip.cuda}")
     check_engine(chip, what)
-    return recipe
 
 
 def _runs_on(recipe: Recipe, chip: Chip) -> bool:
@@ -137,16 +138,18 @@ def check_sizes(
     tensor_parallel: int = 1,
     anchor_ffn: int = 0,
     ffn_parallel: int | None = None,
+    token_parallel: int = 1,
 ) -> None:
     """Check that every matrix product of the layers has dimensions that FP8 units can take.
 
     Args:
         recipe: name; a key of ``RECIPES``.
         model: the architecture.
-        tokens: in a microbatch, on one process.
+        tokens: in a microbatch.
         tensor_parallel: processes that share each matrix.
         anchor_ffn: of a pair, inner width of the anchor's FFN where it is another than the owner's.
         ffn_parallel: processes that share each FFN matrix; None for as many as ``tensor_parallel``.
+        token_parallel: processes that share the tokens of each sequence (context and sequence parallelism).
 
     Raises:
         FlexOlmoError: a dimension is not a multiple of what the recipe needs.
@@ -161,7 +164,7 @@ def check_sizes(
             (model.num_attention_heads + 2 * model.num_query_groups) * head,
             tensor_parallel,
         ),
-        "micro_batch_size * data.seq_length": (tokens, 1),
+        "micro_batch_size * data.seq_length": (tokens, token_parallel),
     }
     for name, (size, split) in sizes.items():
         if size % (multiple * split):

@@ -92,15 +92,14 @@ def plan(mode: Mode, config: TrainConfig, world_size: int) -> Plan:
 def _check_fp8(config: TrainConfig, planned: Plan) -> None:
     check_recipe(config.fp8.recipe, this_chip())
     parallel = config.parallel
-    sequence_split = parallel.context * (parallel.tensor if parallel.sequence else 1)
-    dispatches = planned.card.kind in ("moe", "router")
     check_sizes(
         config.fp8.recipe,
         planned.card.model,
-        config.micro_batch_size * config.data.seq_length // sequence_split,
+        config.micro_batch_size * config.data.seq_length,
         parallel.tensor,
         planned.anchor_ffn_hidden_size or 0,
-        ffn_parallel=parallel.expert_tensor if dispatches else None,
+        ffn_parallel=parallel.expert_tensor,
+        token_parallel=parallel.context * (parallel.tensor if parallel.sequence else 1),
     )
 
 

@@ -67,6 +67,9 @@ def test_seven_billion_fits_every_recipe_up_to_eight_processes():
     check_sizes("mxfp8", SEVEN, 4096, 16, ffn_parallel=1)  # a mixture's experts are split over other processes
     with pytest.raises(FlexOlmoError, match=r"model.ffn_hidden_size = 11008 / 16 processes is not a multiple of 32"):
         check_sizes("mxfp8", SEVEN, 4096, 1, ffn_parallel=16)
+    check_sizes("tensorwise", SEVEN, 128, token_parallel=8)
+    with pytest.raises(FlexOlmoError, match=r"micro_batch_size \* data.seq_length = 128 / 16 processes is not a multi"):
+        check_sizes("tensorwise", SEVEN, 128, token_parallel=16)
 
 
 @pytest.mark.parametrize(("change", "tokens", "anchor", "message"), [
