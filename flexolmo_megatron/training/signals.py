@@ -41,19 +41,14 @@ class StopSignals:
         self.received = number
 
 
-def is_restart_by_torchrun() -> bool:
-    """Whether torchrun has started the processes of this launch anew after some of them ended."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 def stay_stopped(run: Path) -> None:
     """End a process that torchrun (``--max-restarts``) has started again although its run was asked to stop.
 
     Raises:
         StopRequested: the run's folder is marked so, and this is such a restart; a new launch goes on with the run.
     """
-    mark = run / REQUEUE_FILE
-    if is_restart_by_torchrun() and mark.is_file():
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if restarted and (run / REQUEUE_FILE).is_file():
         raise StopRequested(f"{run} was asked to stop; its next launch goes on with it")
 
 
