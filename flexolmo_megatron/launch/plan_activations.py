@@ -13,7 +13,7 @@ width of an FFN on this process, N tokens that reach this process's experts.
 from dataclasses import dataclass
 from functools import cache
 
-from flexolmo_megatron.launch.plan_work import Chunk, Layout, Work, chunks
+from flexolmo_megatron.launch.plan_work import Chunk, Layout, Work, chunks, reached
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,7 @@ def _mixture_ffn(work: Work, layout: Layout, gradient: bool) -> int:
     kept += split * model.num_experts * (4 + 4 + 4 + 1)  # logits, softmax, the same transposed, map
     kept += 4 * split + 4  # log of the sums, a factor
     kept += split * model.top_k * 8 * 2  # indices of the experts, order of the tokens
-    passes = gradient or work.mode == "moe"
-    if passes:
+    if gradient:
         # gate and up; unfused also silu(gate), up once more and the product before it is scaled.
         kept += copies * width * element * (2 if work.backend == "te" else 5) + 4 * copies
     else:
@@ -114,7 +113,7 @@ def _mixture_ffn(work: Work, layout: Layout, gradient: bool) -> int:
 def _layer(work: Work, layout: Layout, gradient: bool) -> int:
     """One layer; ``gradient`` says whether its input needs one."""
     _, split = _tokens(work, layout)
-    kept = _attention(work, layout) if gradient or work.all_train else 0
+    kept = _attention(work, layout) if gradient else 0
     if work.kind == "dense":
         kept += _dense_ffn(work, layout)
     elif work.kind == "pair":
@@ -130,8 +129,7 @@ def chunk_activations(work: Work, layout: Layout, chunk: Chunk) -> int:
     embedding = 0
     if chunk.embedding and work.all_train:
         embedding = 8 * tokens + (tokens if layout.tensor > 1 else 0)
-    below = chunk.first > 0 or work.all_train
-    return embedding + _layer(work, layout, below) + (chunk.layers - 1) * _layer(work, layout, True)
+    return embedding + _layer(work, layout, reached(work, chunk)) + (chunk.layers - 1) * _layer(work, layout, True)
 
 
 def head_activations(work: Work, layout: Layout) -> int:

@@ -8,7 +8,7 @@ has something to train. Attention is causal, its backward pass five products for
 from functools import cache
 
 from flexolmo_megatron.launch.plan_activations import expert_tokens
-from flexolmo_megatron.launch.plan_work import Chunk, Layout, Work
+from flexolmo_megatron.launch.plan_work import Chunk, Layout, Work, reached
 
 
 def _linear(flops: float, trains: bool, gradient: bool) -> float:
@@ -45,14 +45,13 @@ def _layer(work: Work, layout: Layout, gradient: bool) -> float:
         return flops + _ffn(tokens * per_row * work.anchor_ffn / layout.tensor, False, gradient)
     experts = expert_tokens(work, layout) * per_row * model.ffn_hidden_size / layout.expert_tensor
     # Also where only the router trains, the scale of the inner state needs its gradient, through the output matrix.
-    reached = experts / 3 if work.mode == "router" and not gradient else 0
-    return flops + _ffn(experts, work.mode == "moe", gradient) + reached
+    scale = experts / 3 if work.mode == "router" and not gradient else 0
+    return flops + _ffn(experts, work.mode == "moe", gradient) + scale
 
 
 def chunk_flops(work: Work, layout: Layout, chunk: Chunk) -> float:
     """Return the FLOPs of forward and backward pass of one microbatch in a chunk."""
-    below = chunk.first > 0 or work.all_train
-    flops = _layer(work, layout, below) + (chunk.layers - 1) * _layer(work, layout, True)
+    flops = _layer(work, layout, reached(work, chunk)) + (chunk.layers - 1) * _layer(work, layout, True)
     if chunk.head:
         tokens = work.sequence * layout.micro_batch / layout.context
         head = 2 * tokens * work.model.hidden_size * work.model.vocab_size / layout.tensor

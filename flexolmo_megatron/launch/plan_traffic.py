@@ -13,7 +13,7 @@ from functools import cache
 from flexolmo_megatron.launch.plan_activations import expert_tokens
 from flexolmo_megatron.launch.plan_hardware import Hardware
 from flexolmo_megatron.launch.plan_state import State
-from flexolmo_megatron.launch.plan_work import Chunk, Layout, Work, alike
+from flexolmo_megatron.launch.plan_work import Chunk, Layout, Work, alike, reached
 
 KINDS = {
     "tensor": "TP all-gather and reduce-scatter of activations",
@@ -35,17 +35,16 @@ class Traffic:
 
 @cache
 def _layer_bytes(work: Work, layout: Layout, gradient: bool) -> dict[str, float]:
-    """Bytes that each process sends for one layer and microbatch, forward and backward."""
+    """Bytes that each process sends for one layer and microbatch; ``gradient`` says whether its input needs one."""
     model, element = work.model, work.element
     tokens = work.sequence // layout.context * layout.micro_batch
-    passes = gradient or work.all_train
     rows = tokens * model.hidden_size * element
     sent = dict.fromkeys(("tensor", "context", "expert"), 0.0)
 
     ring = (layout.tensor - 1) / layout.tensor
     # Each block gathers its input and scatters its output, backward the reverse; a weight gradient gathers the input
     # again.
-    sent["tensor"] += ring * rows * (2 + 2 * passes + work.all_train)
+    sent["tensor"] += ring * rows * (2 + 2 * gradient + work.all_train)
     if work.kind == "dense":
         sent["tensor"] += ring * rows * (2 + 2 + work.all_train)
     elif work.kind == "pair":  # two FFNs, each by itself
@@ -53,7 +52,7 @@ def _layer_bytes(work: Work, layout: Layout, gradient: bool) -> dict[str, float]
         sent["tensor"] += ring * rows * (2 + own) + ring * rows * (2 + 2 * gradient)
     else:
         copies = expert_tokens(work, layout) * model.hidden_size
-        out = 1 + passes  # to the experts, and the gradients of what they got
+        out = 1 + gradient  # to the experts, and the gradients of what they got
         back = 2  # of their outputs; those of the first layer's are needed for the router
         share = (layout.expert_tensor - 1) / layout.expert_tensor
         sent["tensor"] += share * copies * (element * out + 4 * back)  # outputs are summed in the router's fp32
@@ -61,12 +60,12 @@ def _layer_bytes(work: Work, layout: Layout, gradient: bool) -> dict[str, float]
         sent["expert"] += (layout.expert - 1) / layout.expert * own * (out + back)
 
     keys = 2 * tokens * model.num_query_groups * model.head_dim // layout.tensor * element
-    sent["context"] += (layout.context - 1) * keys * (1 + 2 * passes)  # backward also their gradients
+    sent["context"] += (layout.context - 1) * keys * (1 + 2 * gradient)  # backward also their gradients
     return sent
 
 
 def _chunk_bytes(work: Work, layout: Layout, chunk: Chunk) -> dict[str, float]:
-    below, above = (_layer_bytes(work, layout, passes) for passes in (chunk.first > 0 or work.all_train, True))
+    below, above = (_layer_bytes(work, layout, gradient) for gradient in (reached(work, chunk), True))
     sent = {kind: below[kind] + (chunk.layers - 1) * above[kind] for kind in below}
     tokens = work.sequence // layout.context * layout.micro_batch
     rows = tokens * work.model.hidden_size * work.element

@@ -224,6 +224,14 @@ def alike(work: Work, layout: Layout, stage: int) -> list[tuple[Chunk, int]]:
     return special + ([(plain[0], len(plain))] if plain else [])
 
 
+def reached(work: Work, chunk: Chunk) -> bool:
+    """Whether the input of a chunk's first layer needs a gradient: there is something to train below.
+
+    Every layer has something to train, so that only the model's first layer may do without.
+    """
+    return chunk.first > 0 or work.all_train
+
+
 @cache
 def _divisors(number: int) -> tuple[int, ...]:
     return tuple(value for value in range(1, number + 1) if number % value == 0)
