@@ -13,7 +13,8 @@ from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import ParallelConfig
 from flexolmo_megatron.errors import FlexOlmoError
 
-Kind = Literal["dense", "moe", "pair"]
+ModelKind = Literal["dense", "moe", "pair"]
+"""How a model is built; a pair is an owner's expert beside the anchor."""
 DISPATCHERS = ("alltoall", "allgather")
 
 
@@ -30,7 +31,7 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 def layout_problem(
     model: ModelConfig,
-    kind: Kind,
+    kind: ModelKind,
     parallel: ParallelConfig,
     *,
     world_size: int,
@@ -59,7 +60,7 @@ def layout_problem(
     return next(problems, None)
 
 
-def check_layout(model: ModelConfig, kind: Kind, parallel: ParallelConfig, **sizes: int | None) -> None:
+def check_layout(model: ModelConfig, kind: ModelKind, parallel: ParallelConfig, **sizes: int | None) -> None:
     """Refuse a layout that cannot work; takes what ``layout_problem`` takes.
 
     Raises:
@@ -110,7 +111,7 @@ def _pipeline_problems(model: ModelConfig, parallel: ParallelConfig, microbatche
         )
 
 
-def _expert_problems(kind: Kind, parallel: ParallelConfig) -> Iterator[str]:
+def _expert_problems(kind: ModelKind, parallel: ParallelConfig) -> Iterator[str]:
     if kind != "moe":
         what = "an owner's pair, which dispatches no tokens" if kind == "pair" else "a dense model"
         if parallel.expert > 1:
@@ -132,7 +133,7 @@ def _expert_problems(kind: Kind, parallel: ParallelConfig) -> Iterator[str]:
 
 
 def split_problems(
-    model: ModelConfig, kind: Kind, parallel: ParallelConfig, anchor_ffn_hidden_size: int | None = None
+    model: ModelConfig, kind: ModelKind, parallel: ParallelConfig, anchor_ffn_hidden_size: int | None = None
 ) -> Iterator[str]:
     """Yield why tensors of a model cannot be split over ``parallel.tensor``, ``expert`` and ``expert_tensor``."""
     for name in ("num_attention_heads", "num_query_groups", "vocab_size"):
@@ -155,7 +156,7 @@ def _not_split(name: str, value: int, over: str, size: int) -> str:
     return f"{name} = {value} cannot be split over {over} = {size} processes"
 
 
-def _sequence_problems(kind: Kind, parallel: ParallelConfig, seq_length: int) -> Iterator[str]:
+def _sequence_problems(kind: ModelKind, parallel: ParallelConfig, seq_length: int) -> Iterator[str]:
     if parallel.sequence and parallel.tensor == 1:
         yield "parallel.sequence = true: expected parallel.tensor above 1"
     if kind == "moe" and parallel.tensor > 1 and not parallel.sequence:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from flexolmo_megatron.config.layout import Kind, check_layout, data_parallel_size
+from flexolmo_megatron.config.layout import ModelKind, check_layout, data_parallel_size
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError
@@ -54,7 +54,7 @@ def _published(config: LaunchConfig) -> ModelConfig:
     return card.model
 
 
-def _check(config: LaunchConfig, stage: str, training: TrainConfig, model: ModelConfig, kind: Kind,
+def _check(config: LaunchConfig, stage: str, training: TrainConfig, model: ModelConfig, kind: ModelKind,
            anchor_width: int | None, where: str) -> None:
     slurm = job_slurm(config, stage)
     world = slurm.nodes * slurm.processes_per_node

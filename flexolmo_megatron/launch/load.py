@@ -12,11 +12,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flexolmo_megatron.config.card import check_expert_name
 from flexolmo_megatron.config.layout import data_parallel_size
 from flexolmo_megatron.config.load import load_config, parse_override
 from flexolmo_megatron.config.train import RouterTrainConfig, TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError, nearest
-from flexolmo_megatron.exchange.manifest import check_expert_name
 from flexolmo_megatron.launch.config import (
     AnchorJob,
     ExpertsJob,

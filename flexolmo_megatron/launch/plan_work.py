@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Literal
 
-from flexolmo_megatron.config.layout import Kind, layout_problem, process_problems
+from flexolmo_megatron.config.layout import ModelKind, layout_problem, process_problems
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import ParallelConfig, TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError
@@ -26,7 +26,7 @@ class Work:
 
     mode: Mode
     """As `flexolmo train` has it, and router (only router rows train) and inference (nothing trains)."""
-    kind: Kind
+    kind: ModelKind
     """What is built: dense, pair or moe."""
     model: ModelConfig
     """Architecture; of the coupled model for a pair, whose ffn_hidden_size is the owner's."""

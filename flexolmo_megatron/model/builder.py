@@ -4,8 +4,9 @@ from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from flexolmo_megatron.config.layout import ModelKind
 from flexolmo_megatron.config.model import ModelConfig
-from flexolmo_megatron.model.config import FlexOlmoTransformerConfig, ModelKind
+from flexolmo_megatron.model.config import FlexOlmoTransformerConfig
 from flexolmo_megatron.model.spec import default_backend, layer_spec
 
 

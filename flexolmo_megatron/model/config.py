@@ -1,17 +1,15 @@
 """From a model's architecture to Megatron's TransformerConfig."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from flexolmo_megatron.config.layout import split_problems
+from flexolmo_megatron.config.layout import ModelKind, split_problems
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import ParallelConfig
 from flexolmo_megatron.errors import FlexOlmoError
-
-ModelKind = Literal["dense", "moe", "pair"]
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
-from flexolmo_megatron.model.config import ModelKind
+from flexolmo_megatron.config.layout import ModelKind
 from flexolmo_megatron.model.fp8 import fp8_settings
 
 

@@ -10,8 +10,8 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from flexolmo_megatron.config.layout import ModelKind
 from flexolmo_megatron.model.attention import FlexOlmoSelfAttention, TorchAttention
-from flexolmo_megatron.model.config import ModelKind
 from flexolmo_megatron.model.ffn import GatedFFN
 from flexolmo_megatron.model.layer import FlexOlmoLayer, FlexOlmoLayerSubmodules
 from flexolmo_megatron.model.linear import ColumnLinear

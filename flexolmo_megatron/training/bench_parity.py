@@ -18,11 +18,12 @@ from megatron.core.models.backends import BackendSpecProvider
 from torch import Tensor, nn
 
 from flexolmo_megatron.config.card import PUBLIC, ExpertRecord, ModelCard
+from flexolmo_megatron.config.layout import ModelKind
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.convert.lazy import LazyModel
 from flexolmo_megatron.inference.access import only_allowed
 from flexolmo_megatron.model.builder import block_spec, build_model
-from flexolmo_megatron.model.config import ModelKind, transformer_config
+from flexolmo_megatron.model.config import transformer_config
 from flexolmo_megatron.model.engine import engine_settings, prepare_engine
 from flexolmo_megatron.model.fp8 import fp8_settings
 from flexolmo_megatron.model.spec import TorchSpecProvider, engine_is_default

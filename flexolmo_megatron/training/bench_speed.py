@@ -21,11 +21,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
+from flexolmo_megatron.config.layout import ModelKind
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.precision import Fp8Config
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.model.builder import block_spec, build_model
-from flexolmo_megatron.model.config import ModelKind, transformer_config
+from flexolmo_megatron.model.config import transformer_config
 from flexolmo_megatron.model.engine import engine_settings
 from flexolmo_megatron.model.fp8 import RECIPES
 from flexolmo_megatron.model.spec import engine_is_default

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from flexolmo_megatron.config.card import CARD_FILE, ModelCard
+from flexolmo_megatron.convert.model import CHECKPOINTS
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import sweep_folder, temporary_path
 from flexolmo_megatron.runtime.ranks import on_first_rank, together
@@ -37,7 +38,6 @@ from flexolmo_megatron.training.optimization import parts
 from flexolmo_megatron.training.optimizer_shares import sharded_param_state
 from flexolmo_megatron.training.optimizer_state import put_back_groups, take_out_groups
 
-FOLDER = "checkpoints"
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 _SWEPT = re.compile(rf"(damaged_)?{STEP_FOLDER.pattern}")
 
@@ -79,7 +79,7 @@ class TrainingState:
 
 def all_step_folders(run: Path) -> list[Path]:
     """Folders of a run that are named as checkpoints, oldest first."""
-    folder = run / FOLDER
+    folder = run / CHECKPOINTS
     return sorted(path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)) if folder.is_dir() else []
 
 
@@ -142,7 +142,7 @@ def begin_save(run: Path, state: TrainingState, card: ModelCard, *, background: 
     """
     content = together(lambda: _sharded_state(state, is_loading=False))
     return CheckpointWriter(
-        run / FOLDER / f"step_{state.step:08d}", content, card, background=background, hashed=hashed
+        run / CHECKPOINTS / f"step_{state.step:08d}", content, card, background=background, hashed=hashed
     )
 
 
@@ -174,7 +174,7 @@ def _delete(folder: Path) -> None:
 
 def sweep(run: Path) -> list[str]:
     """Remove what killed processes left of checkpoints that they wrote or deleted; rank 0 alone."""
-    return sweep_folder(run / FOLDER, _SWEPT)
+    return sweep_folder(run / CHECKPOINTS, _SWEPT)
 
 
 @dataclass

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
 from flexolmo_megatron.config.card import CARD_FILE
+from flexolmo_megatron.convert.megatron import METADATA_FILE
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import read_json, write_json
 from flexolmo_megatron.runtime.ranks import on_first_rank
 
 RECORD_FILE = "integrity.json"
 FORMAT_VERSION = 1
-SMALL_FILES = (".metadata", "common.pt", "metadata.json", CARD_FILE)
+SMALL_FILES = (METADATA_FILE, COMMON_STATE_FNAME, CONFIG_FNAME, CARD_FILE)
 """What every checkpoint has beside its tensor files."""
 
 Files = dict[str, dict[str, Any]]

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from flexolmo_megatron.config.load import load_config, save_config
 from flexolmo_megatron.config.train import TrainConfig
+from flexolmo_megatron.convert.model import CHECKPOINTS
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import atomic_file
-from flexolmo_megatron.training.checkpoint import FOLDER, Found, all_step_folders, set_aside, sweep
+from flexolmo_megatron.training.checkpoint import Found, all_step_folders, set_aside, sweep
 from flexolmo_megatron.training.console import say
 from flexolmo_megatron.training.signals import REQUEUE_FILE
 from flexolmo_megatron.training.start import Mode
@@ -54,7 +55,7 @@ def claim(run: Path, mode: Mode, config: TrainConfig, found: Found) -> None:
     save_config(config, run / "config.yaml")
     (run / REQUEUE_FILE).unlink(missing_ok=True)
     for name in sweep(run):
-        say(f"removed {FOLDER}/{name}, which a killed launch has left unfinished")
+        say(f"removed {CHECKPOINTS}/{name}, which a killed launch has left unfinished")
     for path, problem in found.damaged.items():
         say(f"{path} is damaged and not used: {problem}; kept as damaged_{path.name}")
     set_aside(found.damaged)

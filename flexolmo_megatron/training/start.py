@@ -10,7 +10,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 
-from flexolmo_megatron.config.card import PUBLIC, ExpertRecord, ModelCard
+from flexolmo_megatron.config.card import PUBLIC, ExpertRecord, ModelCard, check_expert_name
 from flexolmo_megatron.config.layout import check_layout, data_parallel_size
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.convert.initial import random_model
@@ -20,7 +20,6 @@ from flexolmo_megatron.convert.variants import as_dense, upcycle
 from flexolmo_megatron.domain.vector import load_vector
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.digest import BackgroundDigest, model_digest
-from flexolmo_megatron.exchange.manifest import check_expert_name
 from flexolmo_megatron.model.builder import build_model
 from flexolmo_megatron.model.config import transformer_config
 from flexolmo_megatron.model.engine import engine_settings, prepare_engine
@@ -36,7 +35,6 @@ from flexolmo_megatron.training.router_run import plan_router, switch_off
 from flexolmo_megatron.training.run_plan import Plan
 
 Mode = Literal["anchor", "expert", "dense", "moe", "router"]
-MODES: tuple[Mode, ...] = ("anchor", "expert", "dense", "moe", "router")
 
 
 @dataclass
