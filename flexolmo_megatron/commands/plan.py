@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     from flexolmo_megatron.config.load import load_config
     from flexolmo_megatron.config.train import TrainConfig
     from flexolmo_megatron.errors import FlexOlmoError
-    from flexolmo_megatron.launch.plan_hardware import GPUS
+    from flexolmo_megatron.launch.plan_hardware import GB, GPUS
     from flexolmo_megatron.launch.plan_work import work_of
 
     # A plan needs neither data nor a folder.
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         raise FlexOlmoError("bf16 = false: the GPU's peak is bfloat16's, and fp32 is slower; set bf16=true, or give "
                             "--peak-tflops of the fp32 or TF32 products that the run is to use")
     given = _given(args)
-    limit = (memory - args.reserve) * 1e9
+    limit = (memory - args.reserve) * GB
     if mode == "inference":
         _run_inference(args, work, _hardware(args), limit)
     else:
@@ -185,13 +185,14 @@ def _run_training(
 
     from flexolmo_megatron.launch.plan import overrides, plan
     from flexolmo_megatron.launch.plan_explain import explain
+    from flexolmo_megatron.launch.plan_hardware import GB
     from flexolmo_megatron.launch.plan_report import as_record, draw, layout_table, traffic_table
 
     tokens = _tokens(args, config, work.mode, given)
     pinned = _pinned(config, given, work)
     found = plan(work, hardware, args.gpus, limit, pinned)
     shown = found[: args.top]
-    title = f"{work.mode} run, {args.gpus} GPUs with {limit / 1e9:g} GB free, {work.tokens:,} tokens per step"
+    title = f"{work.mode} run, {args.gpus} GPUs with {limit / GB:g} GB free, {work.tokens:,} tokens per step"
     if args.plot:
         draw(shown, hardware, limit, title, args.plot)
     if args.json:
@@ -223,6 +224,7 @@ def _run_inference(args: argparse.Namespace, work: "Work", hardware: "Hardware",
     from rich.console import Console
 
     from flexolmo_megatron.errors import FlexOlmoError
+    from flexolmo_megatron.launch.plan_hardware import GB
     from flexolmo_megatron.launch.plan_inference import plan_inference
     from flexolmo_megatron.launch.plan_serving_report import EXPLANATION, serving_table
 
@@ -233,7 +235,7 @@ def _run_inference(args: argparse.Namespace, work: "Work", hardware: "Hardware",
         _print_json(args, hardware, limit, mode=work.mode, layouts=[asdict(serving) for serving in found])
         return
     console = Console(width=120, highlight=False)
-    title = f"inference, {args.gpus} GPUs with {limit / 1e9:g} GB free, sequences of {work.sequence:,} tokens"
+    title = f"inference, {args.gpus} GPUs with {limit / GB:g} GB free, sequences of {work.sequence:,} tokens"
     console.print(serving_table(found, title))
     console.print(
         "Memory is counted, speeds are estimates, not measurements. `flexolmo generate` is TP 1, EP 1; other layouts "

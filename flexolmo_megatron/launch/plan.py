@@ -12,13 +12,10 @@ from types import MappingProxyType
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.launch.plan_activations import Activations, peak_activations
 from flexolmo_megatron.launch.plan_compute import chunk_flops
-from flexolmo_megatron.launch.plan_hardware import Hardware
+from flexolmo_megatron.launch.plan_hardware import GB, Hardware
 from flexolmo_megatron.launch.plan_state import State, state
 from flexolmo_megatron.launch.plan_traffic import Traffic, microbatch_traffic, optimizer_seconds, step_traffic
 from flexolmo_megatron.launch.plan_work import Layout, Work, alike, chunks, layouts
-
-GB = 1e9
-"""Bytes of a gigabyte, as in GPUs' names."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Activations:
 
 
 def _tokens(work: Work, layout: Layout) -> tuple[int, int]:
-    whole = work.sequence // layout.context * layout.micro_batch
+    whole = layout.tokens(work)
     return whole, whole // layout.tensor if layout.sequence else whole
 
 

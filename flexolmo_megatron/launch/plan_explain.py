@@ -1,7 +1,7 @@
 """``flexolmo plan --explain``: what every figure is made of, with the inputs of this plan."""
 
-from flexolmo_megatron.launch.plan import GB, Estimate, describe
-from flexolmo_megatron.launch.plan_hardware import Hardware
+from flexolmo_megatron.launch.plan import Estimate, describe
+from flexolmo_megatron.launch.plan_hardware import GB, Hardware
 from flexolmo_megatron.launch.plan_state import State
 from flexolmo_megatron.launch.plan_work import Work
 
@@ -55,7 +55,7 @@ def explain(work: Work, best: Estimate, hardware: Hardware, limit: float, tokens
         element=work.element,
         gradients=held.gradients / GB,
         optimizer=held.optimizer / GB,
-        per_element=12 if work.element == 2 else 8,
+        per_element=work.optimizer_bytes,
         parts="fp32 copy and two fp32 moments" if work.element == 2 else "two fp32 moments",
         shards=layout.shards if layout.distributed else 1,
         expert_shards=layout.expert_shards if layout.distributed else 1,

@@ -7,6 +7,9 @@ the user instead.
 
 from dataclasses import dataclass
 
+GB = 1e9
+"""Bytes of a gigabyte, as in GPUs' names."""
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -43,15 +46,15 @@ class Hardware:
             return 0.0
         here = self._members(size, stride)
         if here == size:
-            return sent / (self.intra_bandwidth * 1e9)
-        return sent / (min(self.intra_bandwidth, self.inter_bandwidth * here) * 1e9)
+            return sent / (self.intra_bandwidth * GB)
+        return sent / (min(self.intra_bandwidth, self.inter_bandwidth * here) * GB)
 
     def exchange_seconds(self, sent: float, size: int, stride: int) -> float:
         """Seconds of an all-to-all in which each process sends ``sent`` bytes, evenly to the ``size - 1`` others."""
         if size == 1 or not sent:
             return 0.0
         away = sent * (size - self._members(size, stride)) / (size - 1)
-        return max((sent - away) / (self.intra_bandwidth * 1e9), away / (self.inter_bandwidth * 1e9))
+        return max((sent - away) / (self.intra_bandwidth * GB), away / (self.inter_bandwidth * GB))
 
     def _members(self, size: int, stride: int) -> int:
         """Members of a group on one node, at least one."""

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from flexolmo_megatron.config.layout import split_problems
 from flexolmo_megatron.config.train import ParallelConfig
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.launch.plan_hardware import Hardware
+from flexolmo_megatron.launch.plan_hardware import GB, Hardware
 from flexolmo_megatron.launch.plan_state import chunk_parameters
 from flexolmo_megatron.launch.plan_work import Layout, Work, chunks
-
-GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def _serving(work: Work, hardware: Hardware, gpus: int, limit: float, tensor: in
         # A token misses an expert with probability 1 - k / E; all tokens of the groups that share experts count.
         missed = (1 - model.top_k / model.num_experts) ** (held * expert) if model.num_experts else 0.0
         read = weights - embedding - experts * missed + held * cache * work.sequence / 2
-        return read / (hardware.memory_bandwidth * 1e9)
+        return read / (hardware.memory_bandwidth * GB)
 
     return Serving(
         tensor,

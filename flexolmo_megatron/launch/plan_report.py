@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flexolmo_megatron.evaluation.plots import saved_figure
-from flexolmo_megatron.launch.plan import GB, Estimate, overrides
-from flexolmo_megatron.launch.plan_hardware import Hardware
+from flexolmo_megatron.launch.plan import Estimate, overrides
+from flexolmo_megatron.launch.plan_hardware import GB, Hardware
 from flexolmo_megatron.launch.plan_traffic import KINDS
 
 if TYPE_CHECKING:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from flexolmo_megatron.launch.plan_inference import GB, Serving
+from flexolmo_megatron.launch.plan_hardware import GB
+from flexolmo_megatron.launch.plan_inference import Serving
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -158,8 +158,8 @@ def _buffer(
     if distributed:
         mine = (rank * (whole // shards), (rank + 1) * (whole // shards))
     held = [part for begin, end in places if (part := min(end, mine[1]) - max(begin, mine[0])) > 0]
-    # Two moments, and a master copy beside bfloat16 weights, all fp32; torch's AdamW has 4 bytes more per tensor.
-    optimizer = sum(held) * (12 if work.element == 2 else 8) + (4 * len(held) if work.backend == "local" else 0)
+    # torch's AdamW has 4 bytes more per tensor.
+    optimizer = sum(held) * work.optimizer_bytes + (4 * len(held) if work.backend == "local" else 0)
     return State(whole * work.element, whole * 4, optimizer, sum(sizes), sum(sizes) if experts else 0, 0)
 
 

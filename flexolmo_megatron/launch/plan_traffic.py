@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from flexolmo_megatron.launch.plan_activations import expert_tokens
-from flexolmo_megatron.launch.plan_hardware import Hardware
+from flexolmo_megatron.launch.plan_hardware import GB, Hardware
 from flexolmo_megatron.launch.plan_state import State
 from flexolmo_megatron.launch.plan_work import Chunk, Layout, Work, alike, reached
 
@@ -37,7 +37,7 @@ class Traffic:
 def _layer_bytes(work: Work, layout: Layout, gradient: bool) -> dict[str, float]:
     """Bytes that each process sends for one layer and microbatch; ``gradient`` says whether its input needs one."""
     model, element = work.model, work.element
-    tokens = work.sequence // layout.context * layout.micro_batch
+    tokens = layout.tokens(work)
     rows = tokens * model.hidden_size * element
     sent = dict.fromkeys(("tensor", "context", "expert"), 0.0)
 
@@ -67,8 +67,7 @@ def _layer_bytes(work: Work, layout: Layout, gradient: bool) -> dict[str, float]
 def _chunk_bytes(work: Work, layout: Layout, chunk: Chunk) -> dict[str, float]:
     below, above = (_layer_bytes(work, layout, gradient) for gradient in (reached(work, chunk), True))
     sent = {kind: below[kind] + (chunk.layers - 1) * above[kind] for kind in below}
-    tokens = work.sequence // layout.context * layout.micro_batch
-    rows = tokens * work.model.hidden_size * work.element
+    rows = layout.tokens(work) * work.model.hidden_size * work.element
     ring = (layout.tensor - 1) / layout.tensor
     if chunk.embedding:
         sent["tensor"] += ring * rows * (1 + work.all_train)
@@ -112,5 +111,5 @@ def step_traffic(work: Work, layout: Layout, held: State, hardware: Hardware) ->
 
 def optimizer_seconds(state: State, work: Work, hardware: Hardware) -> float:
     """Return the time of AdamW, which memory bandwidth bounds: it reads and writes its state, and reads gradients."""
-    elements = state.optimizer / (12 if work.element == 2 else 8)
-    return elements * (4 + 3 * 4 * 2 + work.element) / (hardware.memory_bandwidth * 1e9)
+    elements = state.optimizer / work.optimizer_bytes
+    return elements * (4 + 3 * 4 * 2 + work.element) / (hardware.memory_bandwidth * GB)

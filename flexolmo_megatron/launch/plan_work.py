@@ -47,6 +47,11 @@ class Work:
         return self.mode in ("anchor", "dense", "moe")
 
     @property
+    def optimizer_bytes(self) -> int:
+        """Of one trained parameter: two fp32 moments, and an fp32 copy where weights are bfloat16."""
+        return 12 if self.element == 2 else 8
+
+    @property
     def tokens(self) -> int:
         """Tokens per step."""
         return self.batch * self.sequence
@@ -159,6 +164,10 @@ class Layout:
         """Whether activations between matrices are split along the sequence."""
         return self.tensor > 1
 
+    def tokens(self, work: Work) -> int:
+        """Of one microbatch on one process, before they are split along the sequence."""
+        return work.sequence // self.context * self.micro_batch
+
     def microbatches(self, work: Work) -> int:
         """Per step and pipeline."""
         return work.batch // (self.micro_batch * self.data)
@@ -264,8 +273,6 @@ def layouts(work: Work, world: int, gpus_per_node: int, pinned: Mapping[str, int
                     # Megatron sums the gradients of replicated experts over the right processes only with EP.
                     for expert_tensor in tried("expert_tensor", {tensor, 1} if expert > 1 else {tensor}):
                         whole = Layout(world, tensor, pipeline, 1, context, expert, expert_tensor)
-                        if world % (tensor * pipeline * context) or world % (expert_tensor * expert * pipeline):
-                            continue
                         if whole.problem(work):
                             continue
                         shares = max(whole.shards, whole.expert_shards) > 1
