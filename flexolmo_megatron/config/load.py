@@ -45,15 +45,7 @@ def load_config(
         text = files("flexolmo_megatron.config").joinpath("presets", f"{preset}.yaml").read_text()
         config = _merge(config, OmegaConf.create(text), f"preset {preset}")
     for path in paths:
-        if not Path(path).is_file():
-            raise FlexOlmoError(f"{path} does not exist; expected a YAML file")
-        try:
-            loaded = OmegaConf.load(path)
-        except Exception as error:  # yaml raises a family of errors that share no base with OmegaConf's
-            raise FlexOlmoError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(loaded, DictConfig):
-            raise FlexOlmoError(f"{path}: expected a mapping of options at the top")
-        config = _merge(config, loaded, path)
+        config = _merge(config, read_yaml(path), path)
     for override in overrides:
         config = _merge(config, parse_override(schema, override), "the command line")
     try:
@@ -63,7 +55,28 @@ def load_config(
             f"{error.full_key} has no value; set it in a YAML file or with {error.full_key}=…"
         ) from None
     except OmegaConfBaseException as error:  # a reference ${…} to nothing
-        raise FlexOlmoError(_reason("the options", error)) from None
+        raise FlexOlmoError(reason("the options", error)) from None
+
+
+def read_yaml(path: str, what: str = "a YAML file") -> DictConfig:
+    """Read the options of a YAML file, unchecked.
+
+    Args:
+        path: of the file.
+        what: is expected there, for the error.
+
+    Raises:
+        FlexOlmoError: there is no such file, it is not YAML, or it is no mapping.
+    """
+    if not Path(path).is_file():
+        raise FlexOlmoError(f"{path} does not exist; expected {what}")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # yaml raises a family of errors that share no base with OmegaConf's
+        raise FlexOlmoError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, DictConfig):
+        raise FlexOlmoError(f"{path}: expected a mapping of options at the top")
+    return loaded
 
 
 def parse_override(schema: type, override: str) -> DictConfig:
@@ -97,10 +110,11 @@ def _merge(config: DictConfig, values: DictConfig, where: str) -> DictConfig:
         _reject_unknown(config, values, where, "")
         return OmegaConf.merge(config, values)
     except OmegaConfBaseException as error:
-        raise FlexOlmoError(_reason(where, error)) from None
+        raise FlexOlmoError(reason(where, error)) from None
 
 
-def _reason(where: str, error: OmegaConfBaseException) -> str:
+def reason(where: str, error: OmegaConfBaseException) -> str:
+    """What OmegaConf refuses, in one line: where, the option's dotted name, and why."""
     return ": ".join(filter(None, [where, error.full_key, str(error.msg or error).splitlines()[0]]))
 
 

@@ -157,6 +157,11 @@ def training_of(experts: ExpertsJob, expert: Expert) -> ExpertsJob:
     return replace(experts, config=[*experts.config, *expert.config], options=[*experts.options, *expert.options])
 
 
+def expert_names(config: LaunchConfig) -> list[str]:
+    """The experts that the launch trains; none without a section experts."""
+    return list(config.experts.each) if config.experts else []
+
+
 def published_anchor(config: LaunchConfig) -> str:
     """Where the experts' anchor is, or will be."""
     return config.published or str(Path(config.out, "anchor"))

@@ -5,7 +5,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import is_dataclass, replace
 from operator import attrgetter
-from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -14,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flexolmo_megatron.config.card import check_expert_name
 from flexolmo_megatron.config.layout import data_parallel_size
-from flexolmo_megatron.config.load import load_config, parse_override
+from flexolmo_megatron.config.load import load_config, parse_override, read_yaml, reason
 from flexolmo_megatron.config.train import RouterTrainConfig, TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError, nearest
 from flexolmo_megatron.launch.config import (
@@ -50,14 +49,7 @@ def load_launch(path: str, overrides: Sequence[str] = ()) -> LaunchConfig:
         FlexOlmoError: an unknown key (the nearest valid one is offered), a value of a wrong type, a missing or
             impossible one, or options that `flexolmo train` would refuse.
     """
-    if not Path(path).is_file():
-        raise FlexOlmoError(f"{path} does not exist; expected the YAML file of a launch")
-    try:
-        values = OmegaConf.load(path)
-    except Exception as error:  # yaml raises a family of errors that share no base with OmegaConf's
-        raise FlexOlmoError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, DictConfig):
-        raise FlexOlmoError(f"{path}: expected a mapping of options at the top")
+    values = read_yaml(path, "the YAML file of a launch")
     for override in overrides:
         values = OmegaConf.merge(values, parse_override(LaunchConfig, override))
     config = _checked(LaunchConfig, values, path)
@@ -73,8 +65,7 @@ def _checked(schema: type, values: DictConfig, where: str) -> Any:
     except MissingMandatoryValue as error:
         raise FlexOlmoError(f"{where}: {error.full_key} has no value") from None
     except OmegaConfBaseException as error:
-        reason = str(error.msg or error).splitlines()[0]
-        raise FlexOlmoError(": ".join(filter(None, [where, error.full_key, reason]))) from None
+        raise FlexOlmoError(reason(where, error)) from None
 
 
 def _reject_unknown(schema: type, values: Any, where: str, prefix: str) -> None:
@@ -108,12 +99,11 @@ def job_slurm(config: LaunchConfig, stage: str) -> SlurmConfig:
     base = config.slurm
     if stage == "merge":
         base = replace(base, nodes=1, tasks_per_node=1, gpus_per_node=min(1, base.gpus_per_node))
-    values = OmegaConf.merge(OmegaConf.structured(base), OmegaConf.create())
     try:
-        slurm = OmegaConf.to_object(OmegaConf.merge(values, OmegaConf.create(getattr(config, stage).slurm)))
+        own = OmegaConf.create(getattr(config, stage).slurm)
+        slurm = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), own))
     except OmegaConfBaseException as error:
-        reason = str(error.msg or error).splitlines()[0]
-        raise FlexOlmoError(f"{stage}.slurm.{error.full_key}: {reason}") from None
+        raise FlexOlmoError(f"{stage}.slurm.{reason('', error)}") from None
     _check_slurm(slurm, stage)
     return slurm
 

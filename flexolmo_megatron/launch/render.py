@@ -17,6 +17,7 @@ from flexolmo_megatron.launch.config import (
     LaunchConfig,
     MergeJob,
     SlurmConfig,
+    expert_names,
     published_anchor,
     training_of,
 )
@@ -78,7 +79,7 @@ def render_merge(config: LaunchConfig) -> str:
     """The script that merges and evaluates."""
     job = config.merge
     assert job is not None
-    names = list(config.experts.each) if config.experts else []
+    names = expert_names(config)
     packages = [f'"$out"/experts/{shlex.quote(name)}/package' for name in names]
     packages += [shlex.quote(path) for path in job.packages]
     return _render("merge", config, "logs/merge.log", anchor=shlex.quote(published_anchor(config)),
@@ -90,7 +91,7 @@ def render_router(config: LaunchConfig) -> str:
     """The script that tunes the merged model's router and evaluates."""
     job = config.router
     assert job is not None and config.merge is not None
-    names = list(config.experts.each) if config.experts else []
+    names = expert_names(config)
     models = {"merged": "$out/merged", "tuned": "$run/model"}
     return _render("router", config, "logs/router.log", anchor=shlex.quote(published_anchor(config)),
                    training=_training(job.preset, job.config, job.options),

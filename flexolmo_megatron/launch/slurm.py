@@ -11,7 +11,7 @@ from flexolmo_megatron.config.card import TUNED_MODEL
 from flexolmo_megatron.config.load import save_config
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import atomic_file, read_json, write_json
-from flexolmo_megatron.launch.config import LaunchConfig
+from flexolmo_megatron.launch.config import LaunchConfig, expert_names
 from flexolmo_megatron.launch.render import (
     package_of,
     render_anchor,
@@ -57,7 +57,7 @@ def plan_jobs(config: LaunchConfig) -> list[Job]:
     jobs = []
     if config.anchor and not Path(out, "anchor").exists():
         jobs.append(_job("anchor", out, render_anchor(config), []))
-    names = list(config.experts.each) if config.experts else []
+    names = expert_names(config)
     missing = [name for name in names if not package_of(config, name).exists()]
     if missing:
         jobs.append(_job("experts", out, render_experts(config, missing), jobs))
