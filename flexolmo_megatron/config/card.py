@@ -150,6 +150,11 @@ class ModelCard:
             raise FlexOlmoError(f"{path}: {error}") from None
 
 
+def numbered_experts(count: int) -> list[ExpertRecord]:
+    """Records of experts without names of their own: public, expert_1, expert_2 and so on."""
+    return [ExpertRecord(PUBLIC if number == 0 else f"expert_{number}") for number in range(count)]
+
+
 def check_expert_name(name: Any) -> None:
     """Refuse a name that could not be used in a path, in a list with commas or on a terminal.
 

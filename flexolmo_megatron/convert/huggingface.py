@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flexolmo_megatron.config.card import CARD_FILE, PUBLIC, ExpertRecord, Kind, ModelCard
+from flexolmo_megatron.config.card import CARD_FILE, Kind, ModelCard, numbered_experts
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.convert.huggingface_config import SPECIAL_TOKENS, parse_config, render_config
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
@@ -69,10 +69,6 @@ def _open_tensors(directory: Path) -> dict[str, LazyTensor]:
     raise FlexOlmoError(f"{directory} has no weights: expected {SINGLE_FILE} or {INDEX_FILE}")
 
 
-def _default_experts(count: int) -> list[ExpertRecord]:
-    return [ExpertRecord(PUBLIC if number == 0 else f"expert_{number}") for number in range(count)]
-
-
 def _tokenizer(directory: Path, known: dict[str, str]) -> dict[str, str]:
     """Describe the tokenizer that lies in the directory itself, if one does; ``known`` otherwise."""
     if any((directory / name).exists() for name in _TOKENIZER_FILES):
@@ -92,7 +88,7 @@ def _card(directory: Path, config: ModelConfig, kind: Kind) -> ModelCard:
     """Return the directory's own card, or a new one with numbered experts."""
     where = str(directory / CONFIG_FILE)
     if not (directory / CARD_FILE).exists():
-        card = ModelCard(kind, config, _default_experts(config.num_experts))
+        card = ModelCard(kind, config, numbered_experts(config.num_experts))
         # A larger vocabulary is not one of bytes: loading a tokenizer that is not there then says so.
         missing = {"type": "huggingface", "path": str(directory.resolve())}
         return replace(card, tokenizer=_tokenizer(

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from flexolmo_megatron.config.card import PUBLIC, ExpertRecord, ModelCard
+from flexolmo_megatron.config.card import PUBLIC, ExpertRecord, ModelCard, numbered_experts
 from flexolmo_megatron.convert.initial import random_model
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
 from flexolmo_megatron.errors import FlexOlmoError
@@ -40,8 +40,7 @@ def upcycle(dense: LazyModel, num_experts: int, top_k: int, seed: int, *, router
     Router biases, where there are any, start at 0.
     """
     config = replace(dense.card.model, num_experts=num_experts, top_k=top_k, router_bias=router_bias)
-    names = [PUBLIC, *(f"expert_{index}" for index in range(1, num_experts))]
-    card = ModelCard("moe", config, [ExpertRecord(name) for name in names], tokenizer=dense.card.tokenizer)
+    card = ModelCard("moe", config, numbered_experts(num_experts), tokenizer=dense.card.tokenizer)
     router = {name: tensor for name, tensor in random_model(card, seed).tensors.items() if ".mlp.gate." in name}
     tensors = {name: tensor for name, tensor in dense.tensors.items() if ".mlp." not in name} | router
     for layer in range(config.num_layers):

@@ -17,7 +17,7 @@ from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.backends import BackendSpecProvider
 from torch import Tensor, nn
 
-from flexolmo_megatron.config.card import PUBLIC, ExpertRecord, ModelCard
+from flexolmo_megatron.config.card import ModelCard, numbered_experts
 from flexolmo_megatron.config.layout import ModelKind
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.convert.lazy import LazyModel
@@ -194,8 +194,7 @@ def check_pair(
 
 def _random_mixture(reference: Variant, model: ModelConfig) -> LazyModel:
     mixture = _round(_build(reference, model, "moe"), 1 / math.sqrt(model.hidden_size))
-    experts = [ExpertRecord(PUBLIC), *(ExpertRecord(f"expert_{index}") for index in range(1, model.num_experts))]
-    return live_model(mixture, ModelCard("moe", model, experts))
+    return live_model(mixture, ModelCard("moe", model, numbered_experts(model.num_experts)))
 
 
 def _expert_weights(layer: nn.Module, experts: int) -> dict[str, nn.Parameter]:

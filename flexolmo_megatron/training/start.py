@@ -10,7 +10,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 
-from flexolmo_megatron.config.card import PUBLIC, ExpertRecord, ModelCard, check_expert_name
+from flexolmo_megatron.config.card import PUBLIC, ExpertRecord, ModelCard, check_expert_name, numbered_experts
 from flexolmo_megatron.config.layout import check_layout, data_parallel_size
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.convert.initial import random_model
@@ -131,8 +131,7 @@ def _mixture(config: TrainConfig, source: LazyModel | None) -> LazyModel:
         raise FlexOlmoError(f"model.num_experts = {model.num_experts}: expected 2 or more for `train moe`")
     if source is not None:
         return upcycle(as_dense(source), model.num_experts, model.top_k, config.seed, router_bias=model.router_bias)
-    names = [PUBLIC, *(f"expert_{index}" for index in range(1, model.num_experts))]
-    return random_model(ModelCard("moe", model, [ExpertRecord(name) for name in names]), config.seed)
+    return random_model(ModelCard("moe", model, numbered_experts(model.num_experts)), config.seed)
 
 
 def plan_expert(config: TrainConfig) -> Plan:
