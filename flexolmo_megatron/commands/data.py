@@ -1,8 +1,9 @@
 """``flexolmo data``: text to a tokenized Megatron data set."""
 
 import argparse
-import os
 import sys
+
+from flexolmo_megatron.commands.documents import add_text_key_option, usable_processors
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -18,10 +19,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--tokenizer", default="byte", metavar="NAME",
                         help="byte (256 bytes and an end-of-document token), or the name or folder of a Hugging Face "
                              "tokenizer; must be the model's (default: %(default)s)")
-    parser.add_argument("--text-key", default="text", metavar="KEY",
-                        help="key of the JSON objects, or Parquet column, that holds a document (default: %(default)s)")
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=processors, metavar="N",
+    add_text_key_option(parser)
+    parser.add_argument("--workers", type=int, default=usable_processors(), metavar="N",
                         help="processes that tokenize; the output does not depend on it (default: the usable "
                              "processors, here %(default)s)")
     parser.add_argument("--max-bad", type=int, default=100, metavar="N",

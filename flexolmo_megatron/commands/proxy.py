@@ -1,8 +1,9 @@
 """``flexolmo proxy``: the public documents that look most like an owner's."""
 
 import argparse
-import os
 import sys
+
+from flexolmo_megatron.commands.documents import add_text_key_option, usable_processors
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -37,13 +38,11 @@ def register(subparsers: argparse._SubParsersAction) -> None:
                              "taken for a near-copy of one of the owner's (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N",
                         help="of samples and training (default: %(default)s)")
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=processors, metavar="N",
+    parser.add_argument("--workers", type=int, default=usable_processors(), metavar="N",
                         help="processes; the output does not depend on it. A transformers encoder scores in one "
                              "process, on the GPU where there is one (default: the usable processors, here "
                              "%(default)s)")
-    parser.add_argument("--text-key", default="text", metavar="KEY",
-                        help="key of the JSON objects, or Parquet column, that holds a document (default: %(default)s)")
+    add_text_key_option(parser)
     parser.add_argument("--max-bad", type=int, default=100, metavar="N",
                         help="how many empty or broken documents of a side are skipped before the run stops "
                              "(default: %(default)s)")
