@@ -2,15 +2,15 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich import box
+from rich.table import Table
 
 from flexolmo_megatron.evaluation.plots import saved_figure
 from flexolmo_megatron.launch.plan import Estimate, overrides
 from flexolmo_megatron.launch.plan_hardware import GB, Hardware
 from flexolmo_megatron.launch.plan_traffic import KINDS
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 _COLOURS = {  # Okabe and Ito, colour-blind-safe
     "weights": "#999999", "gradients": "#0072B2", "optimizer": "#E69F00", "activations": "#009E73",
@@ -29,12 +29,14 @@ def _memory(estimate: Estimate) -> dict[str, int]:
     }
 
 
-def layout_table(estimates: Sequence[Estimate], tokens: float, title: str) -> "Table":
-    """Layouts as rows, best first; memory of the pipeline process that needs the most."""
-    from rich import box
-    from rich.table import Table
+def plan_table(title: str) -> Table:
+    """An empty table in the style of all plans."""
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), title=title, title_justify="left")
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), title=title, title_justify="left")
+
+def layout_table(estimates: Sequence[Estimate], tokens: float, title: str) -> Table:
+    """Layouts as rows, best first; memory of the pipeline process that needs the most."""
+    table = plan_table(title)
     unit, size = ("GB", GB) if max(estimate.worst.total for estimate in estimates) >= GB else ("MB", GB / 1e3)
     splits = ("TP", "PP", "VPP", "EP", "ETP", "CP", "DP", "micro\nbatch")
     measures = *(f"{name}\n{unit}" for name in ("weights", "grads", "optim.", "activ.", "total", "sent")), "bubble\n%"
@@ -65,12 +67,9 @@ def _short(days: float) -> str:
     return f"{days:.1f}" if days < 100 else f"{days:,.0f}"
 
 
-def traffic_table(estimate: Estimate) -> "Table":
+def traffic_table(estimate: Estimate) -> Table:
     """What one process of the best layout sends in a step."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), title="traffic per step of layout 1", title_justify="left")
+    table = plan_table("traffic per step of layout 1")
     for name in ("kind", "GB sent per GPU", "seconds"):
         table.add_column(name, justify="left" if name == "kind" else "right")
     for kind, text in KINDS.items():

@@ -1,13 +1,12 @@
 """A plan for inference as a table, and what its figures are made of."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from rich.table import Table
 
 from flexolmo_megatron.launch.plan_hardware import GB
 from flexolmo_megatron.launch.plan_inference import Serving
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from flexolmo_megatron.launch.plan_report import plan_table
 
 EXPLANATION = """\
 weights     all matrices of this GPU: attention, FFNs and vocabulary / TP, experts / EP.
@@ -20,12 +19,9 @@ prompts     GPUs x peak x share / FLOPs of one token forward.
 Left out: communication, latencies, scheduling; activations, which --reserve covers."""
 
 
-def serving_table(found: Sequence[Serving], title: str) -> "Table":
+def serving_table(found: Sequence[Serving], title: str) -> Table:
     """Ways to serve as rows, the greatest throughput first."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), title=title, title_justify="left")
+    table = plan_table(title)
     heads = ("#", "TP", "EP", "copies", "weights\nGB", "cache\nkB/token", "sequences", "one\ntokens/s", "all\ntokens/s",
              "prompts\ntokens/s")  # fmt: skip
     for head in heads:
