@@ -168,6 +168,21 @@ def check_expert_name(name: Any) -> None:
         raise FlexOlmoError(f"expert name {name!r} is reserved for the anchor's own expert; choose another")
 
 
+def check_published(card: ModelCard, where: str) -> None:
+    """Check that a model is a published anchor: the public expert with its router row, and no other.
+
+    Args:
+        card: of the model.
+        where: names the model in a refusal.
+
+    Raises:
+        FlexOlmoError: it is none.
+    """
+    if card.kind != "moe" or card.model.num_experts != 1:
+        raise FlexOlmoError(f"{where} has no router row (kind {card.kind}, {card.model.num_experts} experts): expected "
+                            "a published anchor, as `flexolmo embed --publish` writes it")
+
+
 def _read(path: Path) -> bytes:
     try:
         if not path.exists():

@@ -1,6 +1,6 @@
 """The architecture of a model: what every checkpoint, package and config file says about it."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from flexolmo_megatron.errors import FlexOlmoError, nearest
@@ -83,6 +83,26 @@ class ModelConfig:
             raise FlexOlmoError(f"model.top_k = {self.top_k}: expected 1 to model.num_experts = {self.num_experts}")
         if not self.num_experts and (self.top_k or self.router_bias):
             raise FlexOlmoError("model.top_k and model.router_bias need model.num_experts > 0")
+
+    def dense(self) -> "ModelConfig":
+        """Return the architecture without experts."""
+        return replace(self, num_experts=0, top_k=0, router_bias=False)
+
+    def pair(self, width: int | None, router_bias: bool, whose: str = "the anchor's") -> "ModelConfig":
+        """Return the architecture of the coupled model in which an owner trains, beside an anchor of this one.
+
+        Args:
+            width: ffn_hidden_size of the owner's expert; None for the anchor's.
+            router_bias: whether the owner's row has a bias.
+            whose: begins what a refusal says of the anchor's width.
+
+        Raises:
+            FlexOlmoError: the expert is wider than the anchor's FFN, or its width is below 1.
+        """
+        width = width or self.ffn_hidden_size
+        if not 1 <= width <= self.ffn_hidden_size:
+            raise FlexOlmoError(f"expert.ffn_hidden_size = {width}: expected 1 to {whose} {self.ffn_hidden_size}")
+        return replace(self, num_experts=2, top_k=2, ffn_hidden_size=width, router_bias=router_bias)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> "ModelConfig":

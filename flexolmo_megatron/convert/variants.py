@@ -30,8 +30,7 @@ def as_dense(anchor: LazyModel) -> LazyModel:
         for name, tensor in anchor.tensors.items()
         if ".mlp.gate." not in name
     }
-    model = replace(card.model, num_experts=0, top_k=0, router_bias=False)
-    return LazyModel(ModelCard(kind="dense", model=model, tokenizer=card.tokenizer), tensors)
+    return LazyModel(ModelCard(kind="dense", model=card.model.dense(), tokenizer=card.tokenizer), tensors)
 
 
 def upcycle(dense: LazyModel, num_experts: int, top_k: int, seed: int, *, router_bias: bool = False) -> LazyModel:

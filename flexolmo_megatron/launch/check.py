@@ -1,8 +1,8 @@
 """What a launch needs and none of its jobs makes, looked for before anything waits in a queue."""
 
-from dataclasses import replace
 from pathlib import Path
 
+from flexolmo_megatron.config.card import check_published
 from flexolmo_megatron.config.layout import ModelKind, check_layout, data_parallel_size
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import TrainConfig
@@ -24,23 +24,20 @@ def check_layouts(config: LaunchConfig, stages: dict[str, list[str]]) -> None:
     made = "anchor" in stages
     if made:
         training = training_config(config, "anchor")
-        model = replace(training.model, num_experts=0, top_k=0, router_bias=False)
-        _check(config, "anchor", training, model, "dense", None, "anchor")
+        _check(config, "anchor", training, training.model.dense(), "dense", None, "anchor")
     if "experts" not in stages or not (made or Path(published_anchor(config)).exists()):
         return
     anchor = training_config(config, "anchor").model if made else _published(config)
     for name in stages["experts"]:
-        training = training_config(config, "experts", name)
-        width, where = training.expert.ffn_hidden_size or anchor.ffn_hidden_size, f"experts.each.{name}"
-        if not 1 <= width <= anchor.ffn_hidden_size:
-            raise FlexOlmoError(f"{where}: expert.ffn_hidden_size = {width}: expected 1 to the anchor's "
-                                f"{anchor.ffn_hidden_size}")
+        training, where = training_config(config, "experts", name), f"experts.each.{name}"
+        try:
+            pair = anchor.pair(training.expert.ffn_hidden_size, training.expert.bias)
+        except FlexOlmoError as error:
+            raise FlexOlmoError(f"{where}: {error}") from None
         if training.expert.coordination:
-            model = replace(anchor, num_experts=2, top_k=2, ffn_hidden_size=width, router_bias=training.expert.bias)
-            _check(config, "experts", training, model, "pair", anchor.ffn_hidden_size, where)
+            _check(config, "experts", training, pair, "pair", anchor.ffn_hidden_size, where)
         else:
-            model = replace(anchor, num_experts=0, top_k=0, router_bias=False)
-            _check(config, "experts", training, model, "dense", None, where)
+            _check(config, "experts", training, anchor.dense(), "dense", None, where)
 
 
 def _published(config: LaunchConfig) -> ModelConfig:
@@ -48,9 +45,7 @@ def _published(config: LaunchConfig) -> ModelConfig:
 
     path = published_anchor(config)
     card = open_model(path).card
-    if card.kind != "moe" or card.model.num_experts != 1:
-        raise FlexOlmoError(f"{path} has no router row (kind {card.kind}, {card.model.num_experts} experts): expected "
-                            "a published anchor, as `flexolmo embed --publish` writes it")
+    check_published(card, str(path))
     return card.model
 
 

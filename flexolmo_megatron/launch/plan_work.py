@@ -64,14 +64,9 @@ def work_of(config: TrainConfig, mode: Mode, backend: Backend) -> Work:
         FlexOlmoError: the architecture has not the experts that the mode needs, or an impossible value.
     """
     model, kind = config.model, "dense"
-    width = config.expert.ffn_hidden_size or model.ffn_hidden_size
     if mode == "expert":
-        if not 1 <= width <= model.ffn_hidden_size:
-            raise FlexOlmoError(
-                f"expert.ffn_hidden_size = {width}: expected 1 to model.ffn_hidden_size = {model.ffn_hidden_size}"
-            )
         kind = "pair"
-        model = replace(model, num_experts=2, top_k=2, ffn_hidden_size=width, router_bias=config.expert.bias)
+        model = model.pair(config.expert.ffn_hidden_size, config.expert.bias, "model.ffn_hidden_size =")
     elif mode in ("moe", "router") or (mode == "inference" and model.num_experts):
         if model.num_experts < 2:
             raise FlexOlmoError(
@@ -80,7 +75,7 @@ def work_of(config: TrainConfig, mode: Mode, backend: Backend) -> Work:
             )
         kind = "moe"
     else:
-        model = replace(model, num_experts=0, top_k=0, router_bias=False)
+        model = model.dense()
     for name in ("global_batch_size", "train_iters"):
         if getattr(config, name) < 1:
             raise FlexOlmoError(f"{name} = {getattr(config, name)}: expected at least 1")

@@ -1,6 +1,6 @@
 """How each kind of run begins: which model is built and where its weights come from."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +10,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 
-from flexolmo_megatron.config.card import PUBLIC, ExpertRecord, ModelCard, check_expert_name, numbered_experts
+from flexolmo_megatron.config.card import (
+    PUBLIC,
+    ExpertRecord,
+    ModelCard,
+    check_expert_name,
+    check_published,
+    numbered_experts,
+)
 from flexolmo_megatron.config.layout import check_layout, data_parallel_size
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.convert.initial import random_model
@@ -111,7 +118,7 @@ def _plan_other(mode: Mode, config: TrainConfig) -> Plan:
         source = _mixture(config, source)
         card = ModelCard("moe", source.card.model, source.card.experts, tokenizer=source.card.tokenizer)
     elif source is None:
-        card = ModelCard("dense", replace(config.model, num_experts=0, top_k=0, router_bias=False))
+        card = ModelCard("dense", config.model.dense())
         source = random_model(card, config.seed)
     else:
         source = as_dense(source)
@@ -144,20 +151,12 @@ def plan_expert(config: TrainConfig) -> Plan:
         raise FlexOlmoError("anchor has no value: an expert needs the published anchor; set anchor=PATH")
     check_expert_name(config.expert.name)
     anchor = open_model(config.anchor)
-    if anchor.card.kind != "moe" or anchor.card.model.num_experts != 1:
-        raise FlexOlmoError(
-            f"anchor = {config.anchor} has no router row (kind {anchor.card.kind}, {anchor.card.model.num_experts} "
-            f"experts): expected a published anchor, as `flexolmo embed --publish` writes it"
-        )
+    check_published(anchor.card, f"anchor = {config.anchor}")
     if not config.expert.random_row and config.expert.domain_vector is None:
         raise FlexOlmoError(
             "expert.domain_vector has no value: expected a file from `flexolmo embed`, or expert.random_row=true"
         )
-    width = config.expert.ffn_hidden_size or anchor.card.model.ffn_hidden_size
-    if not 1 <= width <= anchor.card.model.ffn_hidden_size:
-        raise FlexOlmoError(
-            f"expert.ffn_hidden_size = {width}: expected 1 to the anchor's {anchor.card.model.ffn_hidden_size}"
-        )
+    pair = anchor.card.model.pair(config.expert.ffn_hidden_size, config.expert.bias)
     if not config.expert.coordination:
         if config.expert.ffn_hidden_size is not None:
             raise FlexOlmoError("expert.ffn_hidden_size: without coordination the expert has the anchor's width")
@@ -167,7 +166,7 @@ def plan_expert(config: TrainConfig) -> Plan:
         return Plan(card, dense, anchor)
     card = ModelCard(
         "pair",
-        replace(anchor.card.model, num_experts=2, top_k=2, ffn_hidden_size=width, router_bias=config.expert.bias),
+        pair,
         [ExpertRecord(PUBLIC), ExpertRecord(config.expert.name)],
         tokenizer=anchor.card.tokenizer,
         anchor_path=str(Path(config.anchor).resolve()),
