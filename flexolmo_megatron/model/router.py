@@ -50,7 +50,8 @@ class DomainRouter(TopKRouter):
     """Megatron's top-k router with the paper's bias and with expert exclusion."""
 
     allowed_BE: Tensor | None = None
-    """Boolean `[b, E]`, True where a sequence may use an expert; None for all. Set by ``inference/access.py``."""
+    """Boolean `[b, E]`, or `[1, E]` for all sequences, True where a sequence may use an expert; None for all. Set by
+    ``inference/access.py``, and for a whole run by ``training/router_run.py``."""
 
     def __init__(self, config: FlexOlmoTransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
