@@ -27,15 +27,20 @@ _EXPECTED = ("expected a Hugging Face directory (config.json), a Megatron checkp
 _CARDS = "python -m flexolmo_megatron.integrations.megatron_lm cards"
 
 
-def newest_checkpoint(directory: Path) -> Path | None:
-    """Return the newest complete checkpoint of a training run, or None.
+def checkpoints(directory: Path) -> list[Path]:
+    """Return the complete checkpoints of a training run, oldest first.
 
     Runs of this package have them in ``checkpoints/step_*``, launches through Megatron-LM in ``iter_*``. A half-written
     one has another name, or no card.
     """
     steps = [path for path in [*(directory / CHECKPOINTS).glob("step_*"), *directory.glob("iter_*")]
              if path.name.rpartition("_")[2].isdecimal() and _is_megatron(path)]
-    return max(steps, key=lambda path: int(path.name.rpartition("_")[2]), default=None)
+    return sorted(steps, key=lambda path: int(path.name.rpartition("_")[2]))
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """Return the newest complete checkpoint of a training run, or None; see ``checkpoints``."""
+    return next(reversed(checkpoints(directory)), None)
 
 
 def _is_megatron(directory: Path) -> bool:

@@ -14,10 +14,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from flexolmo_megatron.config.card import TUNED_MODEL, ModelCard
+from flexolmo_megatron.config.card import CARD_FILE, TUNED_MODEL, ModelCard
 from flexolmo_megatron.convert.huggingface import CONFIG_FILE
 from flexolmo_megatron.convert.lazy import LazyModel
-from flexolmo_megatron.convert.model import CHECKPOINTS, newest_checkpoint, open_model, total_bytes
+from flexolmo_megatron.convert.model import checkpoints, open_model, total_bytes
 from flexolmo_megatron.convert.rows import choose
 from flexolmo_megatron.exchange.digest import DTYPE_NAMES, model_digest
 from flexolmo_megatron.exchange.manifest import MANIFEST_FILE
@@ -50,12 +50,11 @@ def _describe_model(path: Path, digest: bool, progress: Progress) -> dict[str, A
         result["format"] = "hf"
     else:
         result["format"] = "megatron"
-        checkpoint = newest_checkpoint(path)
-        if (path / TUNED_MODEL).exists():
+        if (path / TUNED_MODEL / CARD_FILE).exists():
             result["described_checkpoint"] = TUNED_MODEL
-        elif checkpoint is not None:
-            result["checkpoints"] = sorted(folder.name for folder in (path / CHECKPOINTS).glob("step_*"))
-            result["described_checkpoint"] = checkpoint.name
+        elif found := [folder.name for folder in checkpoints(path)]:
+            result["checkpoints"] = found
+            result["described_checkpoint"] = found[-1]
     result["architecture"] = asdict(model.card.model)
     result |= _sizes(model)
     result["experts"] = [asdict(expert) for expert in model.card.experts]

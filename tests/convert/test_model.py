@@ -7,6 +7,7 @@ import transformers
 from flexolmo_megatron.convert.huggingface import open_huggingface
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
 from flexolmo_megatron.convert.model import (
+    checkpoints,
     exclude_experts,
     newest_checkpoint,
     open_model,
@@ -36,7 +37,9 @@ def test_open_model_takes_the_newest_complete_checkpoint_of_a_run(tmp_path):
     for name in (".step_00002000.77.partial", "step_00003000", "step_last"):  # being written, cut off, not a step
         shutil.copytree(steps / "step_00000900", steps / name)
     (steps / "step_00003000" / ".metadata").unlink()
+    assert checkpoints(tmp_path / "run") == [steps / "step_00000900", steps / "step_00001000"]
     assert newest_checkpoint(tmp_path / "run") == steps / "step_00001000"
+    assert checkpoints(tmp_path) == [] and newest_checkpoint(tmp_path) is None
     assert_same_tensors(open_model(tmp_path / "run"), models[1000])
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from flexolmo_megatron.commands.exchange import register
+from flexolmo_megatron.config.card import TUNED_MODEL
 from flexolmo_megatron.convert.model import open_model, save_model
 from flexolmo_megatron.convert.variants import as_dense
 from flexolmo_megatron.domain.vector import DomainVector, save_vector
@@ -91,11 +92,31 @@ def test_inspect(work, make_package, digest, capsys):
 
 
 def test_inspect_a_training_run(work, anchor, capsys):
-    save_model(anchor, work / "run" / "checkpoints" / "step_00000100", format="megatron")
-    save_model(anchor, work / "run" / "checkpoints" / "step_00000200", format="megatron")
+    steps = work / "run" / "checkpoints"
+    save_model(anchor, steps / "step_00000100", format="megatron")
+    save_model(anchor, steps / "step_00000200", format="megatron")
+    (steps / "step_00000300").mkdir()  # cut off
+    (work / "run" / TUNED_MODEL).mkdir()  # and so was writing the tuned model
     flexolmo("inspect", work / "run", "--json")
     described = json.loads(capsys.readouterr().out)
-    assert described["described_checkpoint"] == "step_00000200" and len(described["checkpoints"]) == 2
+    assert described["described_checkpoint"] == "step_00000200"
+    assert described["checkpoints"] == ["step_00000100", "step_00000200"]
+
+
+def test_inspect_a_launch_through_megatron_lm(work, anchor, capsys):
+    for iteration in ("iter_0000010", "iter_0000009"):
+        save_model(anchor, work / "launch" / iteration, format="megatron")
+    flexolmo("inspect", work / "launch", "--json")
+    described = json.loads(capsys.readouterr().out)
+    assert described["checkpoints"] == ["iter_0000009", "iter_0000010"]
+    assert described["described_checkpoint"] == "iter_0000010"
+
+
+def test_inspect_a_run_that_has_tuned_a_router(work, anchor, capsys):
+    save_model(anchor, work / "run" / TUNED_MODEL, format="megatron")
+    flexolmo("inspect", work / "run", "--json")
+    described = json.loads(capsys.readouterr().out)
+    assert described["described_checkpoint"] == TUNED_MODEL and "checkpoints" not in described
 
 
 def test_inspect_a_package(make_package, capsys):
