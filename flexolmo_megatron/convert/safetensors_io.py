@@ -107,7 +107,7 @@ class Header(NamedTuple):
     """By name, in the order of the data. Together the tensors cover the file's data without gap or overlap."""
 
 
-def read_header(path: str | os.PathLike, max_header_bytes: int = MAX_HEADER_BYTES) -> dict[str, TensorInfo]:
+def read_header(path: str | os.PathLike) -> dict[str, TensorInfo]:
     """Read and check the header of a safetensors file; its tensors stay on disk.
 
     Returns:
@@ -119,7 +119,7 @@ def read_header(path: str | os.PathLike, max_header_bytes: int = MAX_HEADER_BYTE
     path = Path(path)
     try:
         with open(path, "rb", buffering=0) as file:
-            return read_open_header(file.fileno(), path, max_header_bytes).entries
+            return read_open_header(file.fileno(), path).entries
     except IsADirectoryError:
         raise FlexOlmoError(f"{path} is a directory: expected a safetensors file") from None
     except FileNotFoundError:
@@ -170,15 +170,9 @@ def read_open_header(descriptor: int, where: str | os.PathLike, max_header_bytes
 
 
 def _read_bytes(descriptor: int, offset: int, length: int, path: Path) -> bytes:
-    data = b""
-    try:
-        while len(data) < length and (more := os.pread(descriptor, length - len(data), offset + len(data))):
-            data += more
-    except OSError as error:
-        raise FlexOlmoError(f"{path} cannot be read: {error.strerror}") from error
-    if len(data) < length:
-        raise FlexOlmoError(f"{path} was truncated while it was read")
-    return data
+    data = torch.empty(length, dtype=torch.uint8)
+    read_exactly(descriptor, offset, data, path)
+    return as_bytes(data).tobytes()
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -233,10 +227,10 @@ def _lazy(path: Path, info: TensorInfo) -> LazyTensor:
     return LazyTensor(info.dtype, info.shape, lambda: read_tensor(path, info))
 
 
-def open_file(path: str | os.PathLike, max_header_bytes: int = MAX_HEADER_BYTES) -> dict[str, LazyTensor]:
+def open_file(path: str | os.PathLike) -> dict[str, LazyTensor]:
     """Open a safetensors file: its header is checked as in ``read_header``, its tensors are read when asked for."""
     path = Path(path)
-    return {name: _lazy(path, info) for name, info in read_header(path, max_header_bytes).items()}
+    return {name: _lazy(path, info) for name, info in read_header(path).items()}
 
 
 def write_tensors(file: IO[bytes], tensors: Mapping[str, LazyTensor], metadata: dict[str, str] | None = None) -> None:

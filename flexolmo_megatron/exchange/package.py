@@ -100,17 +100,17 @@ def open_package(path: str | os.PathLike, pool: HashPool | None = None) -> Packa
     try:
         manifest = _read_manifest(directory, path / MANIFEST_FILE)
         where = str(path / TENSOR_FILE)
-        descriptor, size = open_regular(directory, TENSOR_FILE, where)
+        descriptor = open_regular(directory, TENSOR_FILE, where)
     finally:
         os.close(directory)
-    file = TensorFile(descriptor, size, where, pool)
+    file = TensorFile(descriptor, where, pool)
     has_bias = "layers.0.bias" in file.entries
     _check_entries(file, manifest.architecture, has_bias)
     return Package(path, manifest, file, file.tensors(), has_bias)
 
 
 def _read_manifest(directory: int, path: Path) -> Manifest:
-    descriptor, _ = open_regular(directory, MANIFEST_FILE, str(path))
+    descriptor = open_regular(directory, MANIFEST_FILE, str(path))
     try:
         data = read_start(descriptor, MAX_MANIFEST_BYTES + 1, str(path))
     finally:
@@ -180,7 +180,7 @@ def pack(pair: LazyModel, anchor_digest: str | None, out: str | os.PathLike, *, 
         # Hash what is on disk, through the reader that every coordinator will use.
         directory = os.open(folder, os.O_RDONLY)
         try:
-            written = TensorFile(*open_regular(directory, TENSOR_FILE, f"{out}/{TENSOR_FILE}"), f"{out}/{TENSOR_FILE}")
+            written = TensorFile(open_regular(directory, TENSOR_FILE, f"{out}/{TENSOR_FILE}"), f"{out}/{TENSOR_FILE}")
         finally:
             os.close(directory)
         _check_entries(written, manifest.architecture, "layers.0.bias" in tensors)

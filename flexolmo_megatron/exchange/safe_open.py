@@ -43,8 +43,8 @@ def open_directory(path: Path, expected_names: tuple[str, ...], what: str) -> in
     return descriptor
 
 
-def open_regular(directory: int, name: str, where: str) -> tuple[int, int]:
-    """Open the regular file ``name`` in ``directory`` for reading; return its descriptor and its size in bytes.
+def open_regular(directory: int, name: str, where: str) -> int:
+    """Open the regular file ``name`` in ``directory`` for reading; return its descriptor.
 
     Raises:
         FlexOlmoError: it is a symbolic link, a FIFO, a device, a socket, a directory, or cannot be read.
@@ -55,11 +55,10 @@ def open_regular(directory: int, name: str, where: str) -> tuple[int, int]:
             # and if it was replaced since: neither follow a link nor wait for a FIFO's writer
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             descriptor = os.open(name, flags, dir_fd=directory)
-            status = os.fstat(descriptor)
-            if stat.S_ISREG(status.st_mode):
-                return descriptor, status.st_size
+            mode = os.fstat(descriptor).st_mode
+            if stat.S_ISREG(mode):
+                return descriptor
             os.close(descriptor)
-            mode = status.st_mode
     except OSError as error:
         raise FlexOlmoError(f"{where} cannot be read: {error.strerror}") from None
     kinds = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a directory",

@@ -21,7 +21,7 @@ from flexolmo_megatron.convert.lazy import LazyTensor
 from flexolmo_megatron.convert.safetensors_io import as_bytes, read_exactly, read_open_header
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.hash_pool import HashPool
-from flexolmo_megatron.exchange.safe_open import looks_pickled
+from flexolmo_megatron.exchange.safe_open import looks_pickled, read_start
 from flexolmo_megatron.streaming import memory
 
 MAX_HEADER_BYTES = 4 * 1024 * 1024
@@ -31,19 +31,18 @@ MAX_HEADER_BYTES = 4 * 1024 * 1024
 class TensorFile:
     """An open safetensors file whose header is sound; the contents are checked as they are read, see ``finish``."""
 
-    def __init__(self, descriptor: int, size: int, where: str, pool: HashPool | None = None) -> None:
-        """Take over ``descriptor``, a regular file of ``size`` bytes. Without a pool, a read returns after hashing.
+    def __init__(self, descriptor: int, where: str, pool: HashPool | None = None) -> None:
+        """Take over ``descriptor``, of a regular file. Without a pool, a read returns after hashing.
 
         Raises:
-            FlexOlmoError: not a safetensors file, or one whose header does not describe its ``size`` bytes exactly.
+            FlexOlmoError: not a safetensors file, or one whose header does not describe all of its bytes exactly.
         """
         self._descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
         self.where = where
         self._pool = pool
         self._lock = threading.Lock()
-        start = self._read(0, min(size, 8)).numpy().tobytes()
-        if looks_pickled(start):
+        if looks_pickled(read_start(descriptor, 8, where)):
             raise FlexOlmoError(f"{where} is a pickle or torch archive, which is never opened; expected a safetensors "
                                 "file")
         header = read_open_header(descriptor, where, MAX_HEADER_BYTES)
