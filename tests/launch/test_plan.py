@@ -87,6 +87,13 @@ def test_flops_are_those_of_the_step():
     work = _work("expert", "te", "model.num_layers=4", "global_batch_size=8")
     whole = chunk_flops(work, Layout(1), chunks(work, Layout(1), 0)[0])
     assert 8 * whole == pytest.approx(pair_flops(work.model, 8, 4096), rel=1e-12)
+    # By hand, in multiply-adds per token: the two share their formulas. Forward and backward through a layer: of the
+    # weights of attention and anchor the input's gradients, of expert and router the weights' too; half of 4097 keys.
+    projections, one_ffn, router, scores = 4 * 4096**2, 3 * 4096 * 11008, 2 * 4096, 2 * 4097 / 2 * 4096
+    upper = 2 * projections + (2 + 3) * one_ffn + 3 * router + 3.5 * scores
+    # In the first layer no input has a gradient but that of the expert's output matrix.
+    first = projections + (1 + 2 + 1 / 3) * one_ffn + 2 * router + scores
+    assert whole == pytest.approx(2 * 4096 * (3 * upper + first + 2 * 4096 * 100352), rel=1e-12)
     layout = Layout(8, tensor=2, pipeline=2, virtual=2, micro_batch=2)
     parts = sum(chunk_flops(work, layout, c) for stage in range(2) for c in chunks(work, layout, stage))
     assert 2 * parts == pytest.approx(2 * whole, rel=1e-12)  # two tensor-parallel processes, two samples
@@ -96,6 +103,7 @@ def test_flops_are_those_of_the_step():
     ffn = 4096 * 3 * 6 * 4096 * 11008
     products = total(mixture_products(mixture.model, 4096))
     assert flops[0] - flops[1] == pytest.approx(4 * (products - ffn), rel=1e-12)
+    assert products == 4096 * 3 * (4 * 6 * 4096 * 11008 + 2 * 8 * 4096)  # four experts and eight rows
 
 
 def test_router_tuning_passes_gradients_through_everything_above_the_first_router():
