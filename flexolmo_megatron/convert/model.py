@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -155,12 +155,22 @@ def exclude_experts(model: LazyModel, names: Iterable[str], rows: Choice = "stri
     Raises:
         FlexOlmoError: also if the public expert is named, which no model can do without.
     """
-    excluded = set(names)
-    if PUBLIC in excluded:
+    names = list(names)
+    # A model of another kind has no experts to leave out, whatever their names: select_experts says so.
+    known = model.card.expert_names if model.card.kind == "moe" else [PUBLIC, *names]
+    return select_experts(model, others(names, known), rows)
+
+
+def others(names: Collection[str], known: list[str]) -> list[str]:
+    """Return the experts of a model that are left without the named ones.
+
+    Raises:
+        FlexOlmoError: an unknown name, or the public expert, which no model can do without.
+    """
+    check_names(names, known)
+    if PUBLIC in names:
         raise FlexOlmoError(f"expert {PUBLIC!r} cannot be excluded: it is the anchor that all others were trained with")
-    if model.card.kind == "moe":
-        check_names(excluded, model.card.expert_names)
-    return select_experts(model, set(model.card.expert_names) - excluded, rows)
+    return [name for name in known if name not in names]
 
 
 def check_names(names: Iterable[str], known: list[str]) -> None:

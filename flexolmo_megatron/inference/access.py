@@ -9,6 +9,7 @@ Legend: b sequences, E experts.
 
 import contextlib
 from collections.abc import Iterator, Sequence, Set
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from flexolmo_megatron.config.card import PUBLIC
 from flexolmo_megatron.convert.model import check_names
 from flexolmo_megatron.errors import FlexOlmoError
+
+if TYPE_CHECKING:
+    from flexolmo_megatron.model.router import DomainRouter
 
 Names = Sequence[str] | Set[str]
 Experts = Names | Sequence[Names] | None
@@ -71,6 +75,19 @@ def allowed_experts(experts: Experts, known: Sequence[str], batch_size: int) -> 
     return torch.tensor([[name in names for name in known] for names in lists])
 
 
+def named(allowed_E: Tensor, known: Sequence[str]) -> list[str]:
+    """Translate a sequence's mask back to names: those of ``known`` that ``allowed_E`` marks."""
+    return [name for name, allowed in zip(known, allowed_E.tolist(), strict=True) if allowed]
+
+
+def routers_of(model: nn.Module) -> "list[DomainRouter]":
+    """Return the routers of a model, by layer; none for a dense one."""
+    # Not at the top: Megatron is to be imported after runtime.setup.initialize.
+    from flexolmo_megatron.model.router import DomainRouter
+
+    return [module for module in model.modules() if isinstance(module, DomainRouter)]
+
+
 Rows = list[tuple[Tensor, Tensor | None]]
 """One set of router rows `[E, H]` and biases `[E]` (or None), by layer."""
 
@@ -81,9 +98,7 @@ def using_rows(model: nn.Module, rows: Rows | None) -> Iterator[None]:
 
     Not for several threads that share a model.
     """
-    from flexolmo_megatron.model.router import DomainRouter
-
-    routers = [module for module in model.modules() if isinstance(module, DomainRouter)] if rows else []
+    routers = routers_of(model) if rows else []
     before = [(router.weight.data, None if router.bias is None else router.bias.data) for router in routers]
 
     def put(values: Rows) -> None:
@@ -105,10 +120,7 @@ def only_allowed(model: nn.Module, allowed_BE: Tensor | None) -> Iterator[None]:
 
     The mask's b must be the batch size of those passes. Not for several threads that share a model.
     """
-    # Not at the top: Megatron is to be imported after runtime.setup.initialize.
-    from flexolmo_megatron.model.router import DomainRouter
-
-    routers = [module for module in model.modules() if isinstance(module, DomainRouter)]
+    routers = routers_of(model)
     before = [router.allowed_BE for router in routers]
     for router in routers:
         router.allowed_BE = None if allowed_BE is None else allowed_BE.to(router.weight.device)

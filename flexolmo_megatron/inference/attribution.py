@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexolmo_megatron.inference.access import routers_of
+
 
 class RoutingWeights:
     """Within a ``with`` block, keeps the routing weights of the model's latest forward pass.
@@ -19,9 +21,7 @@ class RoutingWeights:
 
     def __init__(self, model: nn.Module) -> None:
         """Prepare to listen to the routers of ``model`` (of kind moe; one without routers gives no layers)."""
-        from flexolmo_megatron.model.router import DomainRouter
-
-        self._routers = [module for module in model.modules() if isinstance(module, DomainRouter)]
+        self._routers = routers_of(model)
         self._layers: list[Tensor] = [torch.empty(0)] * len(self._routers)
         self._handles: list[Any] = []
 

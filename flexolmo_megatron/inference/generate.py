@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.inference.access import Experts, allowed_experts, only_allowed, using_rows
+from flexolmo_megatron.inference.access import Experts, allowed_experts, named, only_allowed, using_rows
 from flexolmo_megatron.inference.attribution import RoutingWeights
 
 if TYPE_CHECKING:
@@ -197,9 +197,7 @@ def generate(model: "Model", prompts: Sequence[str], sampling: Sampling, experts
     results = [Generation(prompt) for prompt in prompts]
     generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + index) for index in range(len(prompts))]
     for row, result in enumerate(results):
-        names = model.expert_names
-        used = names if allowed_BE is None else [names[index] for index in allowed_BE[row].nonzero().flatten().tolist()]
-        result.rows = model.rows_used(used)
+        result.rows = model.rows_used(None if allowed_BE is None else named(allowed_BE[row], model.expert_names))
     for router_rows, members in model.by_rows(allowed_BE, len(prompts)):
         by_length = sorted(members, key=lambda index: len(encoded[index]))  # less padding
         for start in range(0, len(members), batch_size):

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flexolmo_megatron.config.card import PUBLIC, ModelCard, RowSet
+from flexolmo_megatron.config.card import ModelCard, RowSet
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.convert.lazy import LazyTensor
-from flexolmo_megatron.convert.model import check_names, open_model
+from flexolmo_megatron.convert.model import open_model, others
 from flexolmo_megatron.convert.rows import Choice, choose, describe_choice
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.inference.access import Experts, Names, Rows, allowed_experts, only_allowed, using_rows
+from flexolmo_megatron.inference.access import Experts, Names, Rows, allowed_experts, named, only_allowed, using_rows
 from flexolmo_megatron.inference.pair import couple, open_anchor
 from flexolmo_megatron.training.tokenizer import Tokenizer, load_tokenizer
 
@@ -62,8 +62,7 @@ class Model:
 
         ``RowSet.depends_on`` says whether an expert has shaped them.
         """
-        excluded = () if experts is None else [name for name in self.expert_names if name not in experts]
-        return choose(self.card.row_sets, excluded, self.rows)
+        return choose(self.card.row_sets, self._excluded(experts), self.rows)
 
     def rows_used(self, experts: Names | None = None) -> str:
         """Say which router rows these are and, where experts are left out, what guarantee holds: "untuned (strict)".
@@ -71,17 +70,17 @@ class Model:
         strict: nothing that was derived from the left-out owners' data remains; expert-only: the experts are gone, but
         have shaped the rows. Empty if the router was never tuned.
         """
-        excluded = () if experts is None else [name for name in self.expert_names if name not in experts]
-        return describe_choice(self.row_set(experts), excluded)
+        return describe_choice(self.row_set(experts), self._excluded(experts))
+
+    def _excluded(self, experts: Names | None) -> list[str]:
+        return [] if experts is None else [name for name in self.expert_names if name not in experts]
 
     def by_rows(self, allowed_bE: Tensor | None, batch_size: int) -> list[tuple[Rows | None, list[int]]]:
         """Group the sequences of a batch by the router rows that each must use, for ``access.using_rows``."""
         if allowed_bE is None or not self.card.row_sets:
             chosen = [self.row_set()] * batch_size
         else:
-            names = self.expert_names
-            chosen = [self.row_set([names[index] for index in allowed_E.nonzero().flatten().tolist()])
-                      for allowed_E in allowed_bE]
+            chosen = [self.row_set(named(allowed_E, self.expert_names)) for allowed_E in allowed_bE]
         groups: dict[str, list[int]] = {}
         for sequence, rows in enumerate(chosen):
             groups.setdefault(rows.name if rows else "", []).append(sequence)
@@ -93,11 +92,7 @@ class Model:
         Raises:
             FlexOlmoError: an unknown name, or the public expert, which no answer can do without.
         """
-        check_names(names, self.expert_names)
-        if PUBLIC in names:
-            raise FlexOlmoError(f"expert {PUBLIC!r} cannot be excluded: it is the anchor that all others were trained "
-                                "with")
-        return [name for name in self.expert_names if name not in names]
+        return others(names, self.expert_names)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -238,17 +233,16 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype = torch.float32, *,
     module = build_model(card.model, card.kind, config, spec=block_spec(card.kind, config, TorchSpecProvider()))
     load_weights(module, lazy)
     module.requires_grad_(False)
-    other_rows = {name: _rows(card.model, tensors, dtype) for name, tensors in lazy.other_rows.items()}
-    return Model(module.to(local_device()).eval(), card, local_device(), rows, other_rows)
+    device = local_device()
+    other_rows = {name: _rows(card.model, tensors, dtype, device) for name, tensors in lazy.other_rows.items()}
+    return Model(module.to(device).eval(), card, device, rows, other_rows)
 
 
-def _rows(config: ModelConfig, tensors: dict[str, LazyTensor], dtype: torch.dtype) -> Rows:
+def _rows(config: ModelConfig, tensors: dict[str, LazyTensor], dtype: torch.dtype, device: torch.device) -> Rows:
     """Read one set of router rows and biases."""
-    from flexolmo_megatron.runtime.setup import local_device
-
     rows: Rows = []
     for layer in range(config.num_layers):
         bias = tensors.get(f"model.layers.{layer}.mlp.gate.bias")
         weight = tensors[f"model.layers.{layer}.mlp.gate.weight"].read()
-        rows.append((weight.to(local_device(), dtype), None if bias is None else bias.read().to(local_device())))
+        rows.append((weight.to(device, dtype), None if bias is None else bias.read().to(device)))
     return rows
