@@ -23,6 +23,7 @@ ROWS_FILE = "flexolmo.rows"
 
 Choice = Literal["strict", "tuned", "untuned"]
 
+
 def is_row(name: str) -> bool:
     """Whether a canonical tensor holds router rows or biases."""
     return ".mlp.gate." in name
@@ -124,7 +125,7 @@ def open_rows(directory: Path, card: ModelCard) -> dict[str, dict[str, LazyTenso
         return {}
     path = directory / ROWS_FILE
     tensors = open_file(path)
-    shapes = {name: shape for name, shape in expected_tensors(card.model, card.kind).items() if is_row(name)}
+    shapes = expected_tensors(card.model, "router")
     sets = [rows.name for rows in card.row_sets[1:]]
     check_tensors(tensors, {f"{name}:{key}": shape for name in sets for key, shape in shapes.items()}, str(path))
     for name, tensor in tensors.items():

@@ -7,6 +7,7 @@ import torch
 from flexolmo_megatron.config.card import PUBLIC, ExpertRecord, ModelCard, numbered_experts
 from flexolmo_megatron.convert.initial import random_model
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
+from flexolmo_megatron.convert.rows import is_row
 from flexolmo_megatron.errors import FlexOlmoError
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -28,7 +29,7 @@ def as_dense(anchor: LazyModel) -> LazyModel:
     tensors = {
         name.replace(".mlp.experts.0.", ".mlp."): tensor
         for name, tensor in anchor.tensors.items()
-        if ".mlp.gate." not in name
+        if not is_row(name)
     }
     return LazyModel(ModelCard(kind="dense", model=card.model.dense(), tokenizer=card.tokenizer), tensors)
 
@@ -40,8 +41,8 @@ def upcycle(dense: LazyModel, num_experts: int, top_k: int, seed: int, *, router
     """
     config = replace(dense.card.model, num_experts=num_experts, top_k=top_k, router_bias=router_bias)
     card = ModelCard("moe", config, numbered_experts(num_experts), tokenizer=dense.card.tokenizer)
-    router = {name: tensor for name, tensor in random_model(card, seed).tensors.items() if ".mlp.gate." in name}
-    tensors = {name: tensor for name, tensor in dense.tensors.items() if ".mlp." not in name} | router
+    router = random_model(replace(card, kind="router"), seed)
+    tensors = {name: tensor for name, tensor in dense.tensors.items() if ".mlp." not in name} | router.tensors
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}.mlp"
         for expert in range(num_experts):
