@@ -4,19 +4,19 @@ Importing this package imports neither torch nor Megatron; ``load_model`` does.
 """
 
 from os import PathLike
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
+    from flexolmo_megatron.convert.rows import Choice
     from flexolmo_megatron.inference.model import Model
 
 __version__ = "0.1.0"
 
 
 def load_model(path: str | PathLike, dtype: "torch.dtype | None" = None, *,
-               anchor: str | PathLike | None = None,
-               rows: Literal["strict", "tuned", "untuned"] = "strict") -> "Model":
+               anchor: str | PathLike | None = None, rows: "Choice" = "strict") -> "Model":
     """Load a model for inference, onto this process's GPU, or without one onto the CPU.
 
     **Without CUDA this changes the process for good**: Megatron-core takes much from ``torch.cuda``, for which
@@ -27,8 +27,9 @@ def load_model(path: str | PathLike, dtype: "torch.dtype | None" = None, *,
     it runs under torchrun. A program that needs torch as it is should load models in a process of their own.
 
     Args:
-        path: a Hugging Face directory, a Megatron checkpoint of ours (trusted, see ``convert/megatron.py``), or a
-            training run, of which the newest checkpoint is taken. A pair is joined with its anchor.
+        path: a Hugging Face directory, a Megatron checkpoint of ours (trusted, see ``convert/megatron.py``), a training
+            run or the folder of a launch through Megatron-LM, of which the newest checkpoint with a card is taken, or a
+            run that has tuned a router, of which the tuned model is taken. A pair is joined with its anchor.
         dtype: to compute in, ``torch.float32`` (also None) or ``torch.bfloat16``, whatever the type on disk.
         anchor: of a pair, where its anchor is now; None for where it was when the pair was trained. Not used for
             other models.

@@ -23,6 +23,11 @@ REQUEUE_STATUS = 75
 """Exit status of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, try again later."""
 
 
+def first_line(error: Exception) -> str:
+    """First line of another library's message, or the type of the error where there is none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the closest of ``known`` to ``name``, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -19,10 +19,16 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """Return ports of this machine that nobody listens on, all different."""
+    listeners = [socket.socket() for _ in range(count)]
+    try:
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in listeners]
+    finally:
+        for listener in listeners:
+            listener.close()
 
 
 def run_distributed(function: Callable, world_size: int, *args: Any, timeout: float = 180) -> list[Any]:
@@ -43,7 +49,7 @@ def run_distributed(function: Callable, world_size: int, *args: Any, timeout: fl
     with tempfile.TemporaryDirectory() as folder:
         call = Path(folder, "call")
         call.write_bytes(pickle.dumps((function.__code__.co_filename, function.__name__, args)))
-        port = _free_port()
+        (port,) = free_ports(1)
         processes = []
         for rank in range(world_size):
             environment = {

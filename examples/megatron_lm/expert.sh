@@ -11,7 +11,7 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1   # Megatron-LM asks for it with tensor par
 arguments=(
   # An ordinary launch: data, batch, schedule, precision, layout, checkpoints.
   --train-data-path "$DATA" --num-workers 2 --eval-iters 0 --eval-interval 1000
-  --seq-length 4096 --micro-batch-size 1 --global-batch-size 1024 --train-iters 11920
+  --seq-length 4096 --micro-batch-size 1 --global-batch-size 1024 --train-iters 11921
   --lr 9e-4 --min-lr 0 --lr-decay-style cosine --lr-warmup-iters 2000 --weight-decay 0
   --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8 --clip-grad 1.0 --moe-z-loss-coeff 1e-3
   --bf16 --use-distributed-optimizer --overlap-grad-reduce --tensor-model-parallel-size 2 --sequence-parallel

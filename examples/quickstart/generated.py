@@ -1,4 +1,5 @@
-"""Two owners whose data is generated: worked arithmetic problems, and the discharge notes of a fictional hospital.
+"""Generated text: that of two owners (worked arithmetic problems; discharge notes of a fictional hospital), and some of
+the public corpus (sums, work orders).
 
 Every name, patient and number is invented. Each function returns one document and draws from the generator it is given.
 """

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     from flexolmo_megatron.runtime.setup import prepare
 
     prepare()
-    from flexolmo_megatron.training.loop import train
+    from flexolmo_megatron.training.run import train
 
     try:
         train(args.mode, config)

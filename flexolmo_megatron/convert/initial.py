@@ -16,7 +16,7 @@ from flexolmo_megatron.convert.names import expected_tensors
 _INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
 
 
-def named_generator(seed: int, name: str) -> torch.Generator:
+def _named_generator(seed: int, name: str) -> torch.Generator:
     """Return a CPU generator for one tensor, independent of those for other names and seeds."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
@@ -41,7 +41,7 @@ def random_model(card: ModelCard, seed: int) -> LazyModel:
         if name.split(".")[-2].endswith("norm"):
             return torch.ones(shape)
         return torch.empty(shape).normal_(
-            std=scaled if name.endswith(_INTO_RESIDUAL) else std, generator=named_generator(seed, name)
+            std=scaled if name.endswith(_INTO_RESIDUAL) else std, generator=_named_generator(seed, name)
         )
 
     shapes = expected_tensors(card.model, card.kind)

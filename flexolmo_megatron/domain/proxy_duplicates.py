@@ -99,7 +99,7 @@ class DuplicateIndex:
         """
         if not 0 < threshold <= 1:
             raise FlexOlmoError(f"--jaccard {threshold}: expected a number above 0, at most 1")
-        self.threshold = threshold
+        self._threshold = threshold
         self._exact = np.unique(known.exact)
         self._minhash = known.minhash
         self._rows = band_rows(threshold) if threshold < 1 else PERMUTATIONS
@@ -124,5 +124,5 @@ class DuplicateIndex:
             first, last = np.searchsorted(known, hashes, "left"), np.searchsorted(known, hashes, "right")
             for document in np.flatnonzero((last > first) & ~exact & ~near):
                 matches = self._minhash[order[first[document] : last[document]]]
-                near[document] = ((matches == others.minhash[document]).mean(axis=1) >= self.threshold).any()
+                near[document] = ((matches == others.minhash[document]).mean(axis=1) >= self._threshold).any()
         return exact, near

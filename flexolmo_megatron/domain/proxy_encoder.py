@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from flexolmo_megatron.domain.embed import display_name
-from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.errors import FlexOlmoError, first_line
 from flexolmo_megatron.files import read_json, write_json
 from flexolmo_megatron.runtime.setup import local_device
 from flexolmo_megatron.training.progress import DocumentProgress
@@ -55,9 +55,8 @@ class EncoderClassifier:
                 name, num_labels=2, problem_type="single_label_classification", ignore_mismatched_sizes=True,
                 dtype=torch.float32, trust_remote_code=False)
         except Exception as error:  # transformers passes on whatever its many readers raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise FlexOlmoError(f"cannot load the classifier {name!r}: expected 'linear', or the name or folder of a "
-                                f"transformers encoder ({reason})") from error
+                                f"transformers encoder ({first_line(error)})") from error
         if tokenizer.pad_token is None:
             raise FlexOlmoError(f"the tokenizer of the classifier {name!r} has no padding token: expected an encoder's")
         positions = getattr(model.config, "max_position_embeddings", None) or options["max_tokens"]

@@ -7,7 +7,7 @@ Legend: n public documents.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -36,18 +36,15 @@ class _Candidates(NamedTuple):
     signatures: Signatures
 
 
-def _prepare(argument: tuple[dict[str, str], str]) -> "_Prepare":
-    return _Prepare(*argument)
+def _make_preparer(argument: tuple[dict[str, str], str]) -> Callable[[Chunk], _Candidates]:
+    spec, text_key = argument
+    tokenizer = load_tokenizer(spec)
 
+    def prepare(chunk: Chunk) -> _Candidates:
+        lines, texts, _ = chunk.parse(text_key)
+        return _Candidates(lines, texts, [len(tokenizer.encode(text)) + 1 for text in texts], signatures(texts))
 
-class _Prepare:
-    def __init__(self, tokenizer: dict[str, str], text_key: str) -> None:
-        self._tokenizer = load_tokenizer(tokenizer)
-        self._text_key = text_key
-
-    def __call__(self, chunk: Chunk) -> _Candidates:
-        lines, texts, _ = chunk.parse(self._text_key)
-        return _Candidates(lines, texts, [len(self._tokenizer.encode(text)) + 1 for text in texts], signatures(texts))
+    return prepare
 
 
 @dataclass
@@ -105,13 +102,13 @@ def select(files: Sequence[Path], scores: Sequence[Scores], index: DuplicateInde
                 ratio = float(sizes[order[position:end]].sum() / counted)
                 for document in order[position:end].tolist():
                     place, length, tokens, kind = found[document]
-                    if result.tokens + tokens > budget and not kind:
-                        full = True
-                        break
                     if kind:
                         result.copies += kind == 1
                         result.near_copies += kind == 2
                         continue
+                    if result.tokens + tokens > budget:
+                        full = True
+                        break
                     accepted.append((document, place, length))
                     result.tokens += tokens
                 position = end
@@ -156,7 +153,7 @@ def _read_candidates(files: Sequence[Path], scores: Sequence[Scores], starts: np
 
     found = {}
     chunks = read_chunks([(file, files[file]) for file in wanted], argument[1], choose)
-    for chunk, candidates in work(chunks, _prepare, argument, workers):
+    for chunk, candidates in work(chunks, _make_preparer, argument, workers):
         copies, near = index.find(candidates.signatures)
         kinds = np.where(copies, 1, np.where(near, 2, 0)).tolist()
         for line, text, tokens, kind in zip(candidates.lines, candidates.texts, candidates.tokens, kinds, strict=True):

@@ -14,7 +14,7 @@ import torch
 
 from flexolmo_megatron.convert.safetensors_io import as_bytes
 from flexolmo_megatron.domain.embed import display_name
-from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.errors import FlexOlmoError, first_line
 from flexolmo_megatron.exchange.digest import DTYPE_NAMES, digest_tensors
 from flexolmo_megatron.runtime.setup import local_device
 
@@ -30,9 +30,8 @@ def is_gritlm(name: str) -> bool:
 
 
 def _cannot_load(name: str, error: Exception) -> FlexOlmoError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return FlexOlmoError(f"cannot load the embedder {name!r}: expected 'anchor', or the name or folder of a "
-                         f"sentence-transformers or GritLM model ({reason})")
+                         f"sentence-transformers or GritLM model ({first_line(error)})")
 
 
 def _weights_digest(model: torch.nn.Module) -> str:

@@ -76,9 +76,9 @@ def _opt_outs(card: ModelCard) -> dict[str, dict[str, Any]]:
     for name in dict.fromkeys([*card.expert_names[1:], *named]):
         present = name in card.expert_names
         chosen = choose(card.row_sets, [name]) if present else card.row_sets[0]
-        strict = [rows.name for rows in card.row_sets if not rows.depends_on([name])]
         result[name] = {"in_model": present, "rows": chosen.name,
-                        "guarantee": "strict" if chosen.name in strict else "expert-only", "strict": strict,
+                        "guarantee": "expert-only" if chosen.depends_on([name]) else "strict",
+                        "strict": [rows.name for rows in card.row_sets if not rows.depends_on([name])],
                         "expert_only": [rows.name for rows in card.row_sets if rows.depends_on([name])]}
     return result
 

@@ -22,7 +22,7 @@ class ReadAhead:
         self._ahead: tuple[str, Future[torch.Tensor]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read")
         self.model = replace(model, tensors={name: replace(tensor, read=partial(self._read, name))
-                                            for name, tensor in model.tensors.items()})
+                                             for name, tensor in model.tensors.items()})
 
     def __enter__(self) -> LazyModel:
         return self.model

@@ -107,4 +107,3 @@ def anchor_of(model: LazyModel) -> LazyModel:
         raise FlexOlmoError(f"a model of {what} is no anchor: expected a published one (kind 'moe' with the expert "
                             f"{PUBLIC!r}) or a model merged from one")
     return without_bias(select_experts(model, [PUBLIC]))
-

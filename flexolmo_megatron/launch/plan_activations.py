@@ -6,8 +6,8 @@ tests/launch/test_plan_peak.py). Transformer Engine's modules differ where ``wor
 is from their source and not measured. Experts are taken to get equal numbers of tokens. Of a frozen matrix the input is
 not kept, and nothing is kept below the first layer that has something to train.
 
-Legend: T tokens of a microbatch on this process, S the same where the sequence is split (T / TP), h hidden, f inner
-width of an FFN on this process, N tokens that reach this process's experts.
+Names: ``tokens`` of a microbatch on this process, ``split`` the same where the sequence is split (tokens / TP),
+``width`` of an FFN's inner state on this process, ``copies`` of tokens that reach this process's experts.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,4 @@
-"""What is planned: a run's architecture, batch and number type, and the ways to divide it over GPUs.
-
-Legend of the plan_* files: T tokens of one microbatch on one context-parallel rank, h hidden, f inner width of an FFN.
-"""
+"""What is planned: a run's architecture, batch and number type, and the ways to divide it over GPUs."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,7 +22,7 @@ class Work:
     """One optimizer step of a run."""
 
     mode: Mode
-    """As `flexolmo train` has it, and router (only router rows train) and inference (nothing trains)."""
+    """As `flexolmo train` has it, or inference, where nothing trains."""
     kind: ModelKind
     """What is built: dense, pair or moe."""
     model: ModelConfig

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from flexolmo_megatron.errors import FlexOlmoError, nearest
+from flexolmo_megatron.errors import FlexOlmoError, first_line, nearest
 
 BYTES = 256
 
@@ -72,9 +72,8 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(path)
         except Exception as error:  # transformers passes on whatever its many readers raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise FlexOlmoError(f"cannot load the tokenizer {path!r}: expected 'byte', a folder with a Hugging Face "
-                                f"tokenizer, or the name of one ({reason})") from error
+                                f"tokenizer, or the name of one ({first_line(error)})") from error
         if self._tokenizer.eos_token_id is None:
             raise FlexOlmoError(f"the tokenizer {path!r} has no end-of-sequence token, which must end every document")
         self.spec = {"type": "huggingface", "path": path}

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from flexolmo_megatron.cli import main
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.patches import change
 from flexolmo_megatron.training.freezing import TRAINED_BY_OWNER
+from tests.distributed import free_ports
 from tests.random_models import tensors_of
 from tests.training import runs
 
@@ -49,9 +49,7 @@ def world(tmp_path_factory):
 
 def _launch(world, save, *options, processes=1, tree=TREE, expert=True):
     """Run the entry in place of pretrain_gpt.py; returns exit status, output of rank 0 and the report on gradients."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    (port,) = free_ports(1)
     report = Path(f"{save}.json")
     path = ":".join(filter(None, [str(tree), str(ROOT), os.environ.get("PYTHONPATH")]))
     ours = ["--flexolmo-anchor", f"{world}/anchor", "--flexolmo-expert", "own", "--flexolmo-domain-vector",

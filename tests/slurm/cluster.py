@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.distributed import free_ports
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 NODES = ("127.0.0.1", "127.0.0.2")
 """Names that resolve without an entry in /etc/hosts, because jobs meet at the name of their first node."""
@@ -64,17 +66,6 @@ def unavailable() -> str | None:
     if os.geteuid() != 0:
         return "a Slurm of one's own needs root"
     return None
-
-
-def _free_ports(count: int) -> list[int]:
-    listeners = [socket.socket() for _ in range(count)]
-    try:
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in listeners]
-    finally:
-        for listener in listeners:
-            listener.close()
 
 
 def _running(pid: int) -> bool:
@@ -137,7 +128,7 @@ class Cluster:
         key.touch(0o600)
         key.write_bytes(os.urandom(128))
         host = socket.gethostname().split(".")[0]
-        port, *node_ports = _free_ports(1 + len(NODES))
+        port, *node_ports = free_ports(1 + len(NODES))
         nodes = "\n".join(f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs={self.cpus} "
                           "RealMemory=1000 State=UNKNOWN" for node, node_port in zip(NODES, node_ports, strict=True))
         (self.root / "slurm.conf").write_text(CONFIGURATION.format(

@@ -14,12 +14,12 @@ if __name__ == "__main__":
         prepare()
         from flexolmo_megatron.training import loop
 
-        step = loop._Run._step
+        step = loop.Loop._step
 
         def last_step(run: Any, iterators: Any) -> Any:
             if run.state.step == int(os.environ["DIE_AT_STEP"]):
                 os.kill(os.getpid(), signal.Signals[os.environ["DIE_OF"]])
             return step(run, iterators)
 
-        loop._Run._step = last_step
+        loop.Loop._step = last_step
     sys.exit(main(sys.argv[1:]))

@@ -8,13 +8,14 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
 import traceback
 from pathlib import Path
 from typing import Any
+
+from tests.distributed import free_ports
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,9 +46,7 @@ class Launcher:
             file_limit: bytes a file may have from then on; 0 for any.
         """
         self._launches += 1
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
+        (port,) = free_ports(1)
         self.pids = self._ask(
             arguments=arguments,
             ranks=ranks,
@@ -97,16 +96,16 @@ def nan_gradient() -> None:
     """On rank 1, steps 2 and 3: a NaN among the gradients."""
     import torch
 
-    from flexolmo_megatron.training import loop
+    from flexolmo_megatron.training import run
 
-    finalize = loop._finalize_gradients
+    finalize = run._finalize_gradients
 
     def poisoned(state: Any, chunks: list[Any], *args: Any, **options: Any) -> None:
         if torch.distributed.get_rank() == 1 and state.step in (1, 2):
             chunks[0].buffers[0].grad_data[3] = float("nan")
         finalize(state, chunks, *args, **options)
 
-    loop._finalize_gradients = poisoned
+    run._finalize_gradients = poisoned
 
 
 def nan_loss() -> None:
@@ -127,7 +126,7 @@ def nan_loss() -> None:
 def fails_on_rank_1() -> None:
     """Rank 1 alone cannot start."""
     from flexolmo_megatron.errors import FlexOlmoError
-    from flexolmo_megatron.training import loop
+    from flexolmo_megatron.training import run
 
     def start(planned: Any, config: Any) -> Any:
         begun = begin(planned, config)
@@ -135,7 +134,7 @@ def fails_on_rank_1() -> None:
             raise FlexOlmoError("a tensor cannot be read on this node")
         return begun
 
-    begin, loop.start = loop.start, start
+    begin, run.start = run.start, start
 
 
 def no_room_on_rank_1() -> None:
@@ -177,16 +176,16 @@ def no_vector_on_rank_1() -> None:
 
 def asked_to_stop_while_starting() -> None:
     """Rank 1 is sent SIGTERM before the first step."""
-    from flexolmo_megatron.training import loop
+    from flexolmo_megatron.training import run
 
-    build = loop.build_datasets
+    build = run.build_datasets
 
     def signalled(**options: Any) -> Any:
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
         return build(**options)
 
-    loop.build_datasets = signalled
+    run.build_datasets = signalled
 
 
 def output_to_a_full_disk() -> None:
@@ -199,13 +198,13 @@ def slow_steps() -> None:
     """Steps of 50 ms at least, so that a test can act between two of them."""
     from flexolmo_megatron.training import loop
 
-    step = loop._Run._step
+    step = loop.Loop._step
 
     def slower(self: Any, iterators: Any) -> Any:
         time.sleep(0.05)
         return step(self, iterators)
 
-    loop._Run._step = slower
+    loop.Loop._step = slower
 
 
 def slow_saves() -> None:
@@ -245,7 +244,7 @@ def _serve() -> None:
     from flexolmo_megatron.runtime.setup import prepare
 
     prepare()
-    import flexolmo_megatron.training.loop  # noqa: F401
+    import flexolmo_megatron.training.run  # noqa: F401
 
     statuses: dict[int, int | None] = {}
     for line in sys.stdin:

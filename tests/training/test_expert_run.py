@@ -38,18 +38,19 @@ def test_the_live_anchor_has_the_anchors_digest_after_training(world, expert_opt
     from flexolmo_megatron.config.load import load_config
     from flexolmo_megatron.config.train import TrainConfig
     from flexolmo_megatron.model.weights import live_model
-    from flexolmo_megatron.training import loop
+    from flexolmo_megatron.training import checkpoint
+    from flexolmo_megatron.training.run import train
 
     config = load_config(TrainConfig, overrides=expert_options(tmp_path / "run")[2:])
     seen = []
-    save = loop.checkpoint.begin_save
+    save = checkpoint.begin_save
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            loop.checkpoint,
+            checkpoint,
             "begin_save",
             lambda run, state, *rest, **options: (seen.append(state), save(run, state, *rest, **options))[1],
         )
-        loop.train("expert", config)
+        train("expert", config)
     anchor = open_model(world / "anchor")
     (chunk,) = seen[0].chunks
     assert model_digest(live_model(chunk, anchor.card)) == model_digest(anchor)

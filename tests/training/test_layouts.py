@@ -160,11 +160,11 @@ def run_all(world: Path) -> dict[str, Any]:
     from flexolmo_megatron.runtime.setup import prepare
 
     prepare()
-    from flexolmo_megatron.training import loop
+    from flexolmo_megatron.training import run
 
     results: dict[str, Any] = {"starts": {}}
     started: list[tuple[int, list[str]]] = []
-    real_start = loop.start
+    real_start = run.start
 
     def checked_start(planned, config):
         begun = real_start(planned, config)
@@ -172,7 +172,7 @@ def run_all(world: Path) -> dict[str, Any]:
             started.append(_started_as_drawn(planned, begun.chunks))
         return begun
 
-    loop.start = checked_start
+    run.start = checked_start
     for kind in ALONE:
         for name, options in ALONE[kind].items():
             assert main(_command(kind, world, name, *options)) == 0, name

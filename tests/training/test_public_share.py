@@ -14,12 +14,12 @@ def mixed(world, share=0.5):
 
 
 def test_the_share_of_public_samples(world, expert_options, tmp_path):
-    from flexolmo_megatron.training import loop
     from flexolmo_megatron.training.datasets import batches, build_datasets
+    from flexolmo_megatron.training.run import _blend
     from flexolmo_megatron.training.tokenizer import load_tokenizer
 
     config = load_config(TrainConfig, overrides=expert_options(tmp_path / "run", *mixed(world, 0.25))[2:])
-    blend = loop._blend(config)
+    blend = _blend(config)
     assert blend == [0.75, f"{world}/own", 0.25, f"{world}/public"]
     data = build_datasets(
         train=blend,

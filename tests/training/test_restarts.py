@@ -70,8 +70,9 @@ def test_twenty_kills(launcher, expert_options, metrics, tmp_path):
     randomness = random.Random(20)
     resumed = 0
     for kill in range(20):
-        before, background = checkpoints(run), f"async_save={str(kill % 4 == 1).lower()}"
-        launcher.start(expert_options(run, *options, background), fault="slow_saves" if kill % 2 else "")
+        before, background = checkpoints(run), kill % 4 == 1
+        arguments = expert_options(run, *options, f"async_save={background}".lower())
+        launcher.start(arguments, fault="slow_saves" if kill % 2 else "")
         if kill % 2:
             known = set((run / "checkpoints").glob(".step_*"))
             wait_until(lambda known=known: set((run / "checkpoints").glob(".step_*")) - known, launcher)
@@ -90,7 +91,9 @@ def test_twenty_kills(launcher, expert_options, metrics, tmp_path):
         if "resuming from" in launcher.output():
             assert f"step_{before[-1]:08d} at step {before[-1]}\n" in launcher.output()
             resumed += 1
-        assert steps_done(run) - max(checkpoints(run), default=0) <= SAVE_INTERVAL
+        # A save in the background is waited for when the next one is due, so that one more interval may be lost.
+        lost = steps_done(run) - max(checkpoints(run), default=0)
+        assert lost <= (2 if background else 1) * SAVE_INTERVAL
     assert resumed >= 12
     launcher.start(expert_options(run, *options))
     assert launcher.wait() == [0, 0], launcher.output()

@@ -41,16 +41,16 @@ def test_resumed_equals_unbroken(expert_options, metrics, tmp_path, options):
 @pytest.mark.parametrize("option", ["bf16=false", "bf16=true", "optimizer.use_distributed_optimizer=true"])
 def test_a_run_that_has_only_skipped_steps_is_resumed(expert_options, metrics, tmp_path, monkeypatch, option):
     """Adam has no moments then."""
-    from flexolmo_megatron.training import loop
+    from flexolmo_megatron.training import run
 
-    finalize = loop._finalize_gradients
+    finalize = run._finalize_gradients
 
     def poisoned(state, chunks, *args, **options):
         if state.step == 0:
             chunks[0].buffers[0].grad_data[3] = float("nan")
         finalize(state, chunks, *args, **options)
 
-    monkeypatch.setattr(loop, "_finalize_gradients", poisoned)
+    monkeypatch.setattr(run, "_finalize_gradients", poisoned)
     assert main(expert_options(tmp_path / "unbroken", option)) == 0
     assert main(expert_options(tmp_path / "broken", option, "stop_after=1")) == 0
     assert main(expert_options(tmp_path / "broken", option)) == 0

@@ -142,8 +142,8 @@ def test_no_buffer_state_or_weight_gradient_for_anything_else(folder, tmp_path, 
         seen.update(state=self.state, gemms=counted)
         return seen["row"]
 
-    real = loop._Run._step
-    monkeypatch.setattr(loop._Run, "_step", step)
+    real = loop.Loop._step
+    monkeypatch.setattr(loop.Loop, "_step", step)
     assert main(options(folder, tmp_path / "run", "train_iters=2", "micro_batch_size=4")) == 0
     (chunk,) = seen["state"].chunks
     rows = 2 * (3 * 32 + 3)
@@ -214,7 +214,7 @@ def test_tuning_again_starts_from_the_untuned_rows(folder, run, tmp_path):
 
 def test_public_data_and_owners_in_equal_shares():
     from flexolmo_megatron.config.train import DataConfig, RouterTrainConfig
-    from flexolmo_megatron.training.loop import _blend
+    from flexolmo_megatron.training.run import _blend
 
     data = DataConfig(train=["p", "q"], proxies={"code": [3, "c", 1, "d"], "math": ["m"]})
     blend = _blend(RouterTrainConfig(out="x", data=data))
@@ -314,8 +314,8 @@ def test_a_signal_during_a_later_set_marks_the_whole_run(folder, run, tmp_path, 
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, iterators)
 
-    real = loop._Run._step
-    monkeypatch.setattr(loop._Run, "_step", step)
+    real = loop.Loop._step
+    monkeypatch.setattr(loop.Loop, "_step", step)
     assert main(options(folder, tmp_path / "run", "--leave-one-out")) == REQUEUE_STATUS
     assert (tmp_path / "run" / "requeue").read_text() == "SIGTERM at step 3\n"
     monkeypatch.undo()

@@ -28,12 +28,12 @@ from tests.training.runs import SMALL
 ])
 def test_refused_before_any_process_group(world, expert_options, tmp_path, capsys, monkeypatch, processes, mode,
                                           options, message):
-    from flexolmo_megatron.training import loop
+    from flexolmo_megatron.training import run
 
     def initialize(**_):
         raise AssertionError("process groups were asked for")
 
-    monkeypatch.setattr(loop, "initialize", initialize)
+    monkeypatch.setattr(run, "initialize", initialize)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     command = (expert_options(tmp_path / "run", *options) if mode == "expert"
                else ["train", mode, *SMALL, f"out={tmp_path}/run", f"data.train=[{world}/own]", *options])
@@ -80,11 +80,11 @@ def test_the_anchor_is_read_once_for_its_digest_and_once_more_only_for_a_domain_
 
 
 def test_the_configured_timeout_reaches_the_process_groups(expert_options, tmp_path, monkeypatch):
-    from flexolmo_megatron.training import loop
+    from flexolmo_megatron.training import run
 
     given = {}
-    real = loop.initialize
-    monkeypatch.setattr(loop, "initialize", lambda **options: (given.update(options), real(**options)))
+    real = run.initialize
+    monkeypatch.setattr(run, "initialize", lambda **options: (given.update(options), real(**options)))
     assert main(expert_options(tmp_path / "run", "stop_after=1", "distributed_timeout_minutes=7")) == 0
     assert given["timeout_minutes"] == 7
 
