@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.routing import RoutingRecorder
@@ -50,12 +52,60 @@ class DomainScore:
         return self.bits / self.text_bytes
 
 
-class _Window(NamedTuple):
+LogProbs = list[np.ndarray]
+"""Of each document in turn, the natural logarithm of the probability of each of its tokens, float32 `[tokens]`."""
+
+
+class Window(NamedTuple):
+    """A part of a document that a model sees at once."""
+
     document: int
+    """Number of the document, from 0."""
     tokens: list[int]
     """The inputs and, last, the target of the last input."""
     first: int
     """The first input whose prediction counts; those before are context."""
+    position: int
+    """Of the token that the first such input predicts, in its document, from 0."""
+
+    @property
+    def counted(self) -> slice:
+        """The inputs whose predictions count."""
+        return slice(self.first, len(self.tokens) - 1)
+
+    @property
+    def places(self) -> slice:
+        """Positions in the document that they predict."""
+        return slice(self.position, self.position + len(self.tokens) - 1 - self.first)
+
+
+class Batch(NamedTuple):
+    """Windows that are computed together, padded on the right."""
+
+    windows: list[Window]
+    tokens_bs: Tensor
+    """The inputs."""
+    counted_bs: Tensor
+    """True where a prediction counts."""
+
+    @classmethod
+    def of(cls, windows: list[Window], pad: int) -> "Batch":
+        """Pad with ``pad``."""
+        longest = max(len(window.tokens) for window in windows) - 1
+        tokens_bs = torch.full((len(windows), longest), pad)
+        counted_bs = torch.zeros(len(windows), longest, dtype=torch.bool)
+        for row, window in enumerate(windows):
+            tokens_bs[row, :len(window.tokens) - 1] = torch.tensor(window.tokens[:-1])
+            counted_bs[row, window.counted] = True
+        return cls(windows, tokens_bs, counted_bs)
+
+    def log_probs(self, logits_bsV: Tensor) -> list[Tensor]:
+        """Of each window, the log-probabilities of the tokens whose predictions count."""
+        values = []
+        for window, logits_sV in zip(self.windows, logits_bsV, strict=True):  # one at a time: a vocabulary is large
+            targets = torch.tensor(window.tokens[window.first + 1:], device=logits_sV.device)
+            values.append(-torch.nn.functional.cross_entropy(logits_sV[window.counted], targets, reduction="none"))
+        return values
 
 
 def limit_bytes(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:
@@ -74,7 +124,7 @@ def limit_bytes(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:
             return
 
 
-def _windows(document: int, tokens: list[int], eod: int, length: int) -> Iterator[_Window]:
+def _windows(document: int, tokens: list[int], eod: int, length: int) -> Iterator[Window]:
     """Cut a document into windows of at most ``length`` inputs that predict each of its tokens once."""
     stream = [eod, *tokens]
     stride = max(1, length // 2)
@@ -82,30 +132,27 @@ def _windows(document: int, tokens: list[int], eod: int, length: int) -> Iterato
     while done < len(tokens):
         end = min(done + (stride if done else length), len(tokens))
         start = max(0, end - length)
-        yield _Window(document, stream[start:end + 1], done - start)
+        yield Window(document, stream[start:end + 1], done - start, done)
         done = end
 
 
-def _nll(model: Model, batch: list[_Window], pad: int, experts: Sequence[str] | None,
-         recorder: RoutingRecorder | None) -> list[float]:
-    """Bits that each window's own predictions take."""
-    longest = max(len(window.tokens) for window in batch) - 1
-    tokens_bs = torch.full((len(batch), longest), pad)
-    counted_bs = torch.zeros(len(batch), longest, dtype=torch.bool)
-    for row, window in enumerate(batch):
-        size = len(window.tokens) - 1
-        tokens_bs[row, :size] = torch.tensor(window.tokens[:-1])
-        counted_bs[row, window.first:size] = True
-    logits_bsV = model.logits(tokens_bs, experts, exact=False)
-    if recorder:
-        recorder.add(counted_bs)
-    bits = []
-    for window, logits_sV in zip(batch, logits_bsV, strict=True):  # one at a time: a vocabulary is large
-        targets = torch.tensor(window.tokens[window.first + 1:], device=logits_sV.device)
-        predictions = logits_sV[window.first:len(window.tokens) - 1]
-        nll = torch.nn.functional.cross_entropy(predictions, targets, reduction="none")
-        bits.append(nll.double().sum().item() / math.log(2))
-    return bits
+def batches(documents: Iterable[list[int]], eod: int, length: int, batch_tokens: int) -> Iterator[Batch]:
+    """Cut documents into windows and batch those of similar length, from long to short.
+
+    Args:
+        documents: token ids of each.
+        eod: the token that comes before each.
+        length: tokens of a window at most.
+        batch_tokens: tokens of a batch at most, with padding; at least one window.
+    """
+    stream = itertools.chain.from_iterable(
+        _windows(number, tokens, eod, length) for number, tokens in enumerate(documents))
+    while held := list(itertools.islice(stream, _SORTED_TOGETHER)):
+        held.sort(key=lambda window: len(window.tokens))
+        while held:
+            size = max(1, batch_tokens // (len(held[-1].tokens) - 1))
+            yield Batch.of(held[-size:][::-1], eod)
+            del held[-size:]
 
 
 def _standard_error(bits: list[float], sizes: list[int]) -> float | None:
@@ -142,35 +189,72 @@ def evaluate_documents(
     Raises:
         FlexOlmoError: there is no document, or the model's likelihood of one is not a finite number.
     """
-    length = model.config.max_position_embeddings
-    tokenizer = model.tokenizer
     bits: list[float] = []
     sizes: list[int] = []
     count = 0
 
-    def windows() -> Iterator[_Window]:
+    def documents() -> Iterator[list[int]]:
         nonlocal count
-        for document, text in enumerate(limit_bytes(texts, max_bytes)):
-            tokens = tokenizer.encode(text)
+        for text in limit_bytes(texts, max_bytes):
+            tokens = model.tokenizer.encode(text)
             count += len(tokens)
             bits.append(0.0)
             sizes.append(len(text.encode("utf-8")))
-            yield from _windows(document, tokens, tokenizer.eod, length)
+            yield tokens
 
-    stream = windows()
-    while held := list(itertools.islice(stream, _SORTED_TOGETHER)):
-        held.sort(key=lambda window: len(window.tokens))
-        while held:
-            size = max(1, batch_tokens // (len(held[-1].tokens) - 1))
-            batch = held[-size:][::-1]
-            del held[-size:]
-            for window, value in zip(batch, _nll(model, batch, tokenizer.eod, experts, recorder), strict=True):
-                if not math.isfinite(value):
-                    raise FlexOlmoError(f"the model's log-likelihood of document {window.document + 1} is {value}: "
-                                        "expected a finite number; are its weights damaged?")
-                bits[window.document] += value
-            if progress:
-                progress(sum(len(window.tokens) - 1 - window.first for window in batch))
+    for window, log_probs in _predictions(model, documents(), experts, batch_tokens, recorder, progress):
+        bits[window.document] -= log_probs.double().sum().item() / math.log(2)
     if not sizes:
         raise FlexOlmoError("no document to evaluate: expected at least one that is not empty")
-    return DomainScore(math.fsum(bits), sum(sizes), count, len(sizes), _standard_error(bits, sizes))
+    return _domain_score(bits, sizes, count)
+
+
+def document_log_probs(
+    model: Model,
+    texts: Sequence[str],
+    *,
+    experts: Sequence[str] | None = None,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    recorder: RoutingRecorder | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> LogProbs:
+    """Return the log-probability of each token of each text, in the windows of ``evaluate_documents``, whose arguments
+    these are.
+
+    Raises:
+        FlexOlmoError: the model's likelihood of a document is not a finite number.
+    """
+    documents = [model.tokenizer.encode(text) for text in texts]
+    values = [np.empty(len(tokens), np.float32) for tokens in documents]
+    for window, log_probs in _predictions(model, documents, experts, batch_tokens, recorder, progress):
+        values[window.document][window.places] = log_probs.cpu().numpy()
+    return values
+
+
+def _predictions(model: Model, documents: Iterable[list[int]], experts: Sequence[str] | None, batch_tokens: int,
+                 recorder: RoutingRecorder | None,
+                 progress: Callable[[int], None] | None) -> Iterator[tuple[Window, Tensor]]:
+    """Yield each window with the log-probabilities of the tokens that count."""
+    length = model.config.max_position_embeddings
+    for batch in batches(documents, model.tokenizer.eod, length, batch_tokens):
+        logits_bsV = model.logits(batch.tokens_bs, experts, exact=False)
+        if recorder:
+            recorder.add(batch.counted_bs)
+        for window, log_probs in zip(batch.windows, batch.log_probs(logits_bsV), strict=True):
+            total = log_probs.sum().item()
+            if not math.isfinite(total):
+                raise FlexOlmoError(f"the model's log-likelihood of document {window.document + 1} is {total}: "
+                                    "expected a finite number; are its weights damaged?")
+            yield window, log_probs
+        if progress:
+            progress(int(batch.counted_bs.sum()))
+
+
+def _domain_score(bits: list[float], sizes: list[int], tokens: int) -> DomainScore:
+    return DomainScore(math.fsum(bits), sum(sizes), tokens, len(sizes), _standard_error(bits, sizes))
+
+
+def score_log_probs(texts: Sequence[str], log_probs: LogProbs) -> DomainScore:
+    """Return the bits per byte that log-probabilities of all tokens of ``texts`` amount to."""
+    bits = [-values.astype(np.float64).sum().item() / math.log(2) for values in log_probs]
+    return _domain_score(bits, [len(text.encode("utf-8")) for text in texts], sum(map(len, log_probs)))

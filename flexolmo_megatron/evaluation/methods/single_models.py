@@ -1,0 +1,18 @@
+"""The anchor alone, and each owner's dense model."""
+
+from flexolmo_megatron.evaluation.methods.base import Method, Models, Settings, Variant, single
+
+PAPER = "arXiv 2507.07024, section 4.2"
+
+
+def public(models: Models, settings: Settings) -> list[Method]:
+    """The model before any owner."""
+    return [single("public", "public", Variant(models.public), "the anchor: trained on public data alone", PAPER,
+                   {"public": 1})]
+
+
+def dense(models: Models, settings: Settings) -> list[Method]:
+    """One method per owner."""
+    return [single(f"dense {owner}", "dense", Variant(path),
+                   f"the anchor, all of it trained further on the data of {owner}", PAPER, {"public": 1, "owner": 1})
+            for owner, path in models.dense.items()]
