@@ -1,5 +1,6 @@
 """What a launch needs and none of its jobs makes, looked for before anything waits in a queue."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from flexolmo_megatron.config.card import check_published
@@ -7,12 +8,12 @@ from flexolmo_megatron.config.layout import ModelKind, check_layout, data_parall
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.launch.config import LaunchConfig, published_anchor
+from flexolmo_megatron.launch.config import LaunchConfig, expert_names, published_anchor
 from flexolmo_megatron.launch.load import job_slurm, training_config
 
 
 def check_layouts(config: LaunchConfig, stages: dict[str, list[str]]) -> None:
-    """Check that the models of the anchor's and the experts' runs can be divided as their options say.
+    """Check that the models of the training runs can be divided as their options say.
 
     Args:
         config: the launch.
@@ -25,10 +26,10 @@ def check_layouts(config: LaunchConfig, stages: dict[str, list[str]]) -> None:
     if made:
         training = training_config(config, "anchor")
         _check(config, "anchor", training, training.model.dense(), "dense", None, "anchor")
-    if "experts" not in stages or not (made or Path(published_anchor(config)).exists()):
+    if not (made or Path(published_anchor(config)).exists()):
         return
     anchor = training_config(config, "anchor").model if made else _published(config)
-    for name in stages["experts"]:
+    for name in stages.get("experts", ()):
         training, where = training_config(config, "experts", name), f"experts.each.{name}"
         try:
             pair = anchor.pair(training.expert.ffn_hidden_size, training.expert.bias)
@@ -38,6 +39,10 @@ def check_layouts(config: LaunchConfig, stages: dict[str, list[str]]) -> None:
             _check(config, "experts", training, pair, "pair", anchor.ffn_hidden_size, where)
         else:
             _check(config, "experts", training, anchor.dense(), "dense", None, where)
+    if config.merge and "router" in stages:
+        experts = 1 + len(expert_names(config)) + len(config.merge.packages)
+        merged = replace(anchor, num_experts=experts, top_k=1)
+        _check(config, "router", training_config(config, "router"), merged, "moe", None, "router")
 
 
 def _published(config: LaunchConfig) -> ModelConfig:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flexolmo_megatron.cli import main
-from tests.launch.test_slurm_scripts import refused, run_script, sbatch_options, scripts
+from tests.launch.test_slurm_scripts import publish, refused, run_script, sbatch_options, scripts
 
 LAUNCH = """\
 out: {out}
@@ -87,6 +87,17 @@ def test_only_what_is_missing_is_submitted(capsys, launch_file, tmp_path):
 def test_what_is_refused(capsys, launch_file, old, new, message):
     launch_file.write_text(launch_file.read_text().replace(old, new))
     assert message in refused(capsys, launch_file)
+
+
+def test_its_layout_is_checked_against_the_merged_model(capsys, launch_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = launch_file.read_text().replace("leave_one_out=true,", "parallel.expert=2,")
+    launch_file.write_text(text)
+    dry_run(capsys, launch_file)  # no anchor to compare with
+    publish(tmp_path / "anchor")
+    assert "router: parallel.expert = 2 does not divide model.num_experts = 3" in refused(capsys, launch_file)
+    launch_file.write_text(text.replace("merge: {", "merge: {packages: [package], "))
+    dry_run(capsys, launch_file)
 
 
 def test_it_needs_a_merge(capsys, launch_file):

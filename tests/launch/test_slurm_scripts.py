@@ -76,7 +76,7 @@ def test_examples_are_what_the_example_configuration_renders(capsys, monkeypatch
     monkeypatch.chdir(ROOT)
     rendered = scripts(dry_run(capsys, EXAMPLES / "launch.yaml"))
     kept = {path.name: path.read_text() for path in EXAMPLES.iterdir() if path.suffix in (".sbatch", ".sh")}
-    assert set(kept) == {"anchor.sbatch", "experts.sbatch", "merge.sbatch", "functions.sh"}
+    assert set(kept) == {"anchor.sbatch", "experts.sbatch", "merge.sbatch", "router.sbatch", "functions.sh"}
     for name, text in kept.items():
         assert rendered[name] == text, f"write examples/slurm/{name} anew from flexolmo launch --dry-run"
 
