@@ -95,7 +95,7 @@ def test_its_layout_is_checked_against_the_merged_model(capsys, launch_file, tmp
     launch_file.write_text(text)
     dry_run(capsys, launch_file)  # no anchor to compare with
     publish(tmp_path / "anchor")
-    assert "router: parallel.expert = 2 does not divide model.num_experts = 3" in refused(capsys, launch_file)
+    assert "router: model.num_experts = 3 cannot be split over parallel.expert = 2" in refused(capsys, launch_file)
     launch_file.write_text(text.replace("merge: {", "merge: {packages: [package], "))
     dry_run(capsys, launch_file)
 
