@@ -69,6 +69,18 @@ def _sweep(path: Path) -> None:
             _remove(path.with_name(name))
 
 
+def make_temporary_folder(path: Path) -> Path:
+    """Make the folder in which this process writes what will be at ``path``; see ``temporary_path``.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    temporary = temporary_path(path)
+    _sweep(path)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
 def sweep_folder(folder: Path, names: re.Pattern[str]) -> list[str]:
     """Remove what killed processes, of any host, left in ``folder`` when they wrote things with such ``names``.
 
@@ -152,9 +164,8 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     check_free(path)
     temporary = temporary_path(path)
-    _sweep(path)
     try:
-        temporary.mkdir(parents=True)
+        make_temporary_folder(path)
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:

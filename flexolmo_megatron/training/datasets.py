@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import struct
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.files import TEMPORARY_SUFFIX
+from flexolmo_megatron.files import make_temporary_folder
 from flexolmo_megatron.runtime.ranks import on_first_rank
 from flexolmo_megatron.training.dataset_info import DatasetInfo
 from flexolmo_megatron.training.tokenizer import Tokenizer
@@ -200,8 +199,7 @@ def _prepare(blends: dict[str, Any], samples: dict[str, int | None], sequence_le
     if cache.is_dir():
         return weighted, cache, cache
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        return weighted, Path(tempfile.mkdtemp(TEMPORARY_SUFFIX, cache.name, cache_dir)), cache
+        return weighted, make_temporary_folder(cache), cache
     except OSError as error:
         raise FlexOlmoError(f"cannot write the indices of the data to {cache_dir}: {error.strerror}") from error
 

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.files import TEMPORARY_SUFFIX, fsync_path
+from flexolmo_megatron.files import fsync_path, make_temporary_folder
 from flexolmo_megatron.training.dataset_info import DatasetInfo
 from flexolmo_megatron.training.document_pool import Chunk, read_chunks, work
 from flexolmo_megatron.training.documents import (
@@ -101,8 +100,7 @@ def _appear_together(paths: Sequence[Path]) -> Iterator[Path]:
     temporary = None
     moved: list[Path] = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(TEMPORARY_SUFFIX, f".{paths[0].name}.", folder))
+        temporary = make_temporary_folder(paths[0])
         yield temporary
         for path in paths:
             fsync_path(temporary / path.name)

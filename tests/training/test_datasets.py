@@ -144,10 +144,11 @@ def test_cache_is_complete_outside_of_the_data_and_follows_the_data(tmp_path, bu
 def test_indices_of_a_killed_build_are_not_used(lower, build, tmp_path):
     expected = rows(build(train=lower, train_samples=50).train)
     (complete,) = (tmp_path / "cache").iterdir()
-    leftover = complete.rename(complete.with_name(f"{complete.name}abc.partial"))
+    leftover = complete.rename(complete.with_name(f".{complete.name}.{os.uname().nodename}.{2**22 - 1}.partial"))
     for path in leftover.iterdir():
         path.write_bytes(path.read_bytes()[:20])
     assert rows(build(train=lower, train_samples=50).train) == expected
+    assert list((tmp_path / "cache").iterdir()) == [complete]
 
 
 def flat(loader) -> list[list[int]]:

@@ -190,6 +190,9 @@ def test_killed_run_leaves_no_data_set_and_no_process(tmp_path):
             time.sleep(0.05)
     finally:
         process.kill()
+    path = write_jsonl(tmp_path / "a.jsonl")
+    preprocess([str(path)], tmp_path / "set", tokenizer=BYTE)
+    assert not list(tmp_path.glob(".*partial"))  # what the killed one left
 
 
 def test_killed_worker_is_one_sentence(tmp_path, monkeypatch):
