@@ -19,6 +19,7 @@ from flexolmo_megatron.inference.attribution import RoutingWeights
 
 if TYPE_CHECKING:
     from flexolmo_megatron.inference.model import Model
+    from flexolmo_megatron.training.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class Generation:
     text: str = ""
     """The continuation alone."""
     tokens: list[int] = field(default_factory=list)
-    """Its ids, without the end-of-document token."""
-    finish: Literal["eod", "length"] = "length"
-    """Whether the model ended the document, or max_new_tokens were reached."""
+    """Its ids, without the end-of-document token; of an answer that a text has ended, with that text's."""
+    finish: Literal["eod", "stop", "length"] = "length"
+    """Whether the model ended the document, wrote a text that ends answers, or max_new_tokens were reached."""
     routing_share: dict[str, float] = field(default_factory=dict)
     """Expert name -> its share of the routing weight, the mean over layers and generated tokens (the end-of-document
     token counts); sums to one. Empty for a dense model."""
@@ -73,27 +74,36 @@ class Generation:
     ``Model.rows_used``."""
 
 
-def filter_logits(logits_bV: Tensor, sampling: Sampling) -> Tensor:
-    """Return the logits divided by the temperature (above 0), -inf for tokens that top-k and then top-p leave out."""
+def kept_tokens(logits_bV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Leave out what temperature (above 0), then top-k, then top-p leave out.
+
+    Returns:
+        The probabilities of the k tokens that may be kept, `[b, k]`, from large to small and 0 for those that top-p
+        leaves out, not scaled to sum to one again; and their ids `[b, k]`.
+    """
     logits_bV = logits_bV / sampling.temperature
     if 0 < sampling.top_k < logits_bV.shape[-1]:
-        smallest_b1 = logits_bV.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits_bV = logits_bV.masked_fill(logits_bV < smallest_b1, float("-inf"))
+        logits_bk, ids_bk = logits_bV.topk(sampling.top_k, dim=-1)
+    else:
+        logits_bk, ids_bk = logits_bV.sort(dim=-1, descending=True)
+    probs_bk = logits_bk.softmax(dim=-1)
     if sampling.top_p < 1:
-        probs_bV, order_bV = logits_bV.softmax(dim=-1).sort(dim=-1, descending=True)
         # A token stays if those before it do not yet reach top_p; the first one always does.
-        late_bV = probs_bV.cumsum(dim=-1) - probs_bV >= sampling.top_p
-        late_bV[:, 0] = False
-        logits_bV = logits_bV.masked_fill(torch.zeros_like(late_bV).scatter(1, order_bV, late_bV), float("-inf"))
-    return logits_bV
+        late_bk = probs_bk.cumsum(dim=-1) - probs_bk >= sampling.top_p
+        late_bk[:, 0] = False
+        probs_bk = probs_bk.masked_fill(late_bk, 0.0)
+    return probs_bk, ids_bk
 
 
-def _choose(logits_bV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
+def _choose(logits_bV: Tensor, sampling: Sampling, uniform_b: Tensor) -> list[int]:
+    """Choose a token for each sequence where its random number, from 0 to 1, falls among the probabilities' sums."""
     if sampling.temperature == 0:
         return logits_bV.argmax(dim=-1).tolist()
-    probs_bV = filter_logits(logits_bV, sampling).softmax(dim=-1)
-    return [int(torch.multinomial(probs_V, 1, generator=generator))
-            for probs_V, generator in zip(probs_bV, generators, strict=True)]
+    probs_bk, ids_bk = kept_tokens(logits_bV, sampling)
+    sums_bk = probs_bk.double().cumsum(dim=-1)
+    places_b1 = torch.searchsorted(sums_bk, uniform_b.to(sums_bk)[:, None] * sums_bk[:, -1:], right=True)
+    last_b1 = (probs_bk > 0).sum(dim=-1, keepdim=True) - 1  # rounding must not lead to a token that is left out
+    return ids_bk.gather(1, places_b1.minimum(last_b1)).flatten().tolist()
 
 
 def _hidden(starts_b: Tensor, first: int, end: int) -> Tensor | None:
@@ -136,16 +146,39 @@ def _steps(model: "Model", prompts: Sequence[list[int]], max_new_tokens: int) ->
         first = end
 
 
+class _StopStrings:
+    """Finds the texts that end an answer in the tokens that it has so far."""
+
+    def __init__(self, texts: Sequence[str], tokenizer: "Tokenizer") -> None:
+        self._texts, self._tokenizer = [text for text in texts if text], tokenizer
+        # No token is shorter than a byte, and a few more let a cut character be decoded.
+        self._tail = max((len(text.encode("utf-8")) for text in self._texts), default=0) + 4
+
+    def reached(self, tokens: list[int]) -> bool:
+        """Whether the latest token has completed one."""
+        if not self._texts:
+            return False
+        tail = self._tokenizer.decode(tokens[-self._tail:])
+        return any(text in tail for text in self._texts)
+
+    def cut(self, text: str) -> str:
+        """The text before the first one."""
+        return text[:min((place for stop in self._texts if (place := text.find(stop)) >= 0), default=len(text))]
+
+
 @torch.no_grad()
 def _generate_batch(model: "Model", prompts: Sequence[list[int]], results: Sequence[Generation], sampling: Sampling,
-                    generators: Sequence[torch.Generator], progress: Callable[[int], object] | None) -> None:
+                    seeds: Sequence[int], stop: _StopStrings, progress: Callable[[int], object] | None) -> None:
     eod, known = model.tokenizer.eod, model.tokenizer.vocab_size
     active = [True] * len(prompts)
     share_bE = torch.zeros(len(prompts), len(model.expert_names))
     counts_b = torch.zeros(len(prompts))
+    uniform_bt = torch.stack([
+        torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for seed in seeds])
     with RoutingWeights(model.module) as routing:
-        for logits_bV, chosen in _steps(model, prompts, sampling.max_new_tokens):
-            logits_bV = logits_bV[:, :known].cpu()  # the rest of the vocabulary is padding
+        for step, (logits_bV, chosen) in enumerate(_steps(model, prompts, sampling.max_new_tokens)):
+            logits_bV = logits_bV[:, :known]  # the rest of the vocabulary is padding
             if not logits_bV[active].isfinite().all():
                 raise FlexOlmoError("the model's logits are not finite numbers: its weights, or those of an expert "
                                     "that was to be used, are damaged")
@@ -153,18 +186,22 @@ def _generate_batch(model: "Model", prompts: Sequence[list[int]], results: Seque
             counts_b += active_b
             if model.expert_names:
                 share_bE += routing.mean_over_layers()[-1].cpu() * active_b[:, None]
-            chosen.extend(_choose(logits_bV, sampling, generators))
+            chosen.extend(_choose(logits_bV, sampling, uniform_bt[:, step]))
             if progress is not None:
                 progress(sum(active))
             for row, token in enumerate(chosen):
-                if active[row] and token == eod:
+                if not active[row]:
+                    continue
+                if token == eod:
                     active[row], results[row].finish = False, "eod"
-                elif active[row]:
-                    results[row].tokens.append(token)
+                    continue
+                results[row].tokens.append(token)
+                if stop.reached(results[row].tokens):
+                    active[row], results[row].finish = False, "stop"
             if not any(active):
                 break
     for result, share_E, count in zip(results, share_bE, counts_b, strict=True):
-        result.text = model.tokenizer.decode(result.tokens)
+        result.text = stop.cut(model.tokenizer.decode(result.tokens))
         result.routing_share = dict(zip(model.expert_names, (share_E / count).tolist(), strict=True))
 
 
@@ -184,6 +221,40 @@ def _encode(model: "Model", prompts: Sequence[str], max_new_tokens: int) -> list
     return encoded
 
 
+def generate_tokens(model: "Model", prompts: Sequence[list[int]], sampling: Sampling, *, seeds: Sequence[int],
+                    experts: Experts = None, batch_size: int = 8, stop: Sequence[str] = (),
+                    progress: Callable[[int], object] | None = None) -> list[Generation]:
+    """Continue prompts that are token ids already.
+
+    Args:
+        model: of any kind.
+        prompts: ids of each, at least one; with ``max_new_tokens`` no longer than the model allows.
+        sampling: ``seed`` is not used.
+        seeds: of each prompt's random numbers, which are the same whatever the prompt is batched with.
+        experts: as for ``Model.logits``.
+        batch_size: prompts that are computed at a time.
+        stop: texts that end an answer, and are no part of it.
+        progress: called after each step with the number of tokens that it added.
+
+    Returns:
+        One ``Generation`` per prompt, in order, with an empty ``prompt``.
+    """
+    allowed_BE = allowed_experts(experts, model.expert_names, len(prompts))
+    results = [Generation("") for _ in prompts]
+    stops = _StopStrings(stop, model.tokenizer)
+    for row, result in enumerate(results):
+        result.rows = model.rows_used(None if allowed_BE is None else named(allowed_BE[row], model.expert_names))
+    for router_rows, members in model.by_rows(allowed_BE, len(prompts)):
+        by_length = sorted(members, key=lambda index: len(prompts[index]))  # less padding
+        for start in range(0, len(members), batch_size):
+            rows = by_length[start : start + batch_size]
+            mask = None if allowed_BE is None else allowed_BE[rows]
+            with using_rows(model.module, router_rows), only_allowed(model.module, mask):
+                _generate_batch(model, [prompts[row] for row in rows], [results[row] for row in rows], sampling,
+                                [seeds[row] for row in rows], stops, progress)
+    return results
+
+
 def generate(model: "Model", prompts: Sequence[str], sampling: Sampling, experts: Experts = None, batch_size: int = 8,
              progress: Callable[[int], object] | None = None) -> list[Generation]:
     """Continue each prompt; see ``Model.generate``, which has the same arguments."""
@@ -193,17 +264,9 @@ def generate(model: "Model", prompts: Sequence[str], sampling: Sampling, experts
         raise FlexOlmoError(f"prompts = {prompts!r}: expected a text or a list of texts")
     prompts = list(prompts)
     encoded = _encode(model, prompts, sampling.max_new_tokens)
-    allowed_BE = allowed_experts(experts, model.expert_names, len(prompts))
-    results = [Generation(prompt) for prompt in prompts]
-    generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + index) for index in range(len(prompts))]
-    for row, result in enumerate(results):
-        result.rows = model.rows_used(None if allowed_BE is None else named(allowed_BE[row], model.expert_names))
-    for router_rows, members in model.by_rows(allowed_BE, len(prompts)):
-        by_length = sorted(members, key=lambda index: len(encoded[index]))  # less padding
-        for start in range(0, len(members), batch_size):
-            rows = by_length[start : start + batch_size]
-            mask = None if allowed_BE is None else allowed_BE[rows]
-            with using_rows(model.module, router_rows), only_allowed(model.module, mask):
-                _generate_batch(model, [encoded[row] for row in rows], [results[row] for row in rows], sampling,
-                                [generators[row] for row in rows], progress)
+    seeds = [sampling.seed * 1_000_003 + index for index in range(len(prompts))]
+    results = generate_tokens(model, encoded, sampling, seeds=seeds, experts=experts, batch_size=batch_size,
+                              progress=progress)
+    for prompt, result in zip(prompts, results, strict=True):
+        result.prompt = prompt
     return results

@@ -9,7 +9,7 @@ import torch
 from flexolmo_megatron.convert.model import save_model
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.inference.attribution import RoutingWeights
-from flexolmo_megatron.inference.generate import Sampling, filter_logits
+from flexolmo_megatron.inference.generate import Sampling, generate_tokens, kept_tokens
 from flexolmo_megatron.inference.model import load_model
 from tests.random_models import SIZES, lazy_model, random_model, tensors_of
 
@@ -123,14 +123,26 @@ def test_temperature_top_k_and_top_p():
 
     def kept(**settings) -> list[int]:
         settings = dict(temperature=1.0) | settings
-        return filter_logits(logits, Sampling(**settings)).isfinite()[0].nonzero().flatten().tolist()
+        probs, ids = kept_tokens(logits, Sampling(**settings))
+        return sorted(ids[0][probs[0] > 0].tolist())
 
     assert kept() == [0, 1, 2, 3]
     assert kept(top_k=2) == [2, 3] and kept(top_k=1) == [3] and kept(top_k=9) == [0, 1, 2, 3]
     assert kept(top_p=0.39) == [3] and kept(top_p=0.5) == [2, 3] and kept(top_p=0.71) == [1, 2, 3]
     assert kept(top_p=1e-6) == [3]
     assert kept(top_k=3, top_p=0.75) == [2, 3]  # of the three that top-k leaves: 4/9, 3/9, 2/9
-    torch.testing.assert_close(filter_logits(logits, Sampling(temperature=0.5)), logits * 2)
+    probs, ids = kept_tokens(logits, Sampling(temperature=0.5))
+    torch.testing.assert_close(probs, (torch.tensor([[16.0, 9, 4, 1]]) / 30))
+    assert ids.tolist() == [[3, 2, 1, 0]]
+
+
+def test_a_text_ends_an_answer(model):
+    (whole,) = model.generate("hello world", max_new_tokens=20)
+    end = whole.text[6:8]
+    (answer,) = generate_tokens(model, [list(b"hello world")], Sampling(max_new_tokens=20), seeds=[0],
+                                stop=["not there", end])
+    assert answer.finish == "stop" and answer.text == whole.text[:whole.text.index(end)]
+    assert whole.tokens[:len(answer.tokens)] == answer.tokens and len(answer.tokens) < 20
 
 
 def test_sampling_follows_the_probabilities(model):
