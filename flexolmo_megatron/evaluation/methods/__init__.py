@@ -1,4 +1,4 @@
-"""The baselines and ablations of the comparison (arXiv 2507.07024, section 4.2): one small module per family.
+"""The baselines and ablations of the comparison (arXiv 2507.07024, table 1): one small module per family.
 
     models = Models(public=..., dense={"math": ...}, merged=..., ...)
     methods = build_methods(models, Settings(...))

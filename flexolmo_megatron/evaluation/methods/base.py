@@ -6,6 +6,7 @@ single models comes from a ``Store``, which computes each of them once for all m
 Legend: n models or owners, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,18 +51,27 @@ class Models:
 class Settings:
     """What the methods can be tuned by; the table says what was used."""
 
-    temperature: float = 1.0
+    btm_temperatures: Sequence[float] = (1.0,)
     """tau of softmax(-NLL / tau), NLL being the total over the text in nats: 1 is Bayes' rule with a flat prior."""
-    soup_temperature: float = 0.1
-    """The same for the weighted soup, whose NLL is per token, in nats."""
     btm_top_k: Sequence[int] = (2,)
-    """Models that BTM mixes, besides all of them."""
+    """Models that BTM mixes; a mixture of all of them comes on top."""
+    soup_temperature: float = 0.1
+    """tau of the weighted soup, whose NLL is per token, in nats."""
     prompt_bytes: int = 128
-    """UTF-8 bytes that a classifier must see before it picks a model."""
+    """UTF-8 bytes that a classifier sees to pick a model."""
     classifier_texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Training documents of "public" and of every owner, for the classifier; without any there is none."""
     seed: int = 0
     """Of the classifier's training."""
+
+    def __post_init__(self) -> None:
+        values = {"btm_temperatures": self.btm_temperatures, "btm_top_k": self.btm_top_k,
+                  "soup_temperature": [self.soup_temperature], "prompt_bytes": [self.prompt_bytes]}
+        for name, numbers in values.items():
+            whole = name in ("btm_top_k", "prompt_bytes")
+            for number in numbers:
+                if not (number >= 1 if whole else 0 < number < math.inf):
+                    raise FlexOlmoError(f"{name} = {number}: expected {'at least 1' if whole else 'a number above 0'}")
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,21 @@
-"""All methods of the comparison, by family: each family is a function in a module of its own."""
+"""All methods of the comparison, by family: each family is a function in a small module."""
 
 from collections.abc import Callable, Sequence
 
 from flexolmo_megatron.errors import FlexOlmoError, nearest
-from flexolmo_megatron.evaluation.methods import single_models
+from flexolmo_megatron.evaluation.methods import btm, btx, flexolmo, prompt_routing, single_models, soup
 from flexolmo_megatron.evaluation.methods.base import Method, Models, Settings
 
 FAMILIES: dict[str, Callable[[Models, Settings], list[Method]]] = {
     "public": single_models.public,
     "dense": single_models.dense,
+    "soup": soup.soup,
+    "btm": btm.btm,
+    "prompt routing": prompt_routing.prompt_routing,
+    "btx": btx.btx,
+    "unrestricted": flexolmo.unrestricted,
+    "flexolmo": flexolmo.flexolmo,
+    "ablations": flexolmo.ablations,
 }
 """Each returns its methods for the models that there are: none where those that it needs are missing."""
 
@@ -18,7 +25,7 @@ def build_methods(models: Models, settings: Settings | None = None,
     """Return the methods of some families (by default all), in the order of the table.
 
     Raises:
-        FlexOlmoError: an unknown family.
+        FlexOlmoError: an unknown family, or what a family raises.
     """
     chosen = list(FAMILIES) if families is None else families
     for family in chosen:

@@ -2,7 +2,7 @@
 
 from flexolmo_megatron.evaluation.methods.base import Method, Models, Settings, Variant, single
 
-PAPER = "arXiv 2507.07024, section 4.2"
+PAPER = "arXiv 2507.07024, table 1"
 
 
 def public(models: Models, settings: Settings) -> list[Method]:

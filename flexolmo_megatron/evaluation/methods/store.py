@@ -30,7 +30,6 @@ from flexolmo_megatron.inference.access import routers_of
 from flexolmo_megatron.inference.model import Model, load_model
 
 _FORMAT = 1
-_HASHED_WHOLE = 1 << 20
 
 
 def fingerprint(path: Path) -> str:
@@ -41,10 +40,9 @@ def fingerprint(path: Path) -> str:
     """
     if not path.is_dir():
         raise FlexOlmoError(f"{path} does not exist: expected a model")
-    if (path / TUNED_MODEL / CARD_FILE).exists():
-        path = path / TUNED_MODEL
-    elif not (path / CARD_FILE).exists():
-        path = newest_checkpoint(path) or path
+    if not (path / CARD_FILE).exists():  # a run: of what it holds, the model that open_model opens
+        tuned = path / TUNED_MODEL
+        path = tuned if (tuned / CARD_FILE).exists() else newest_checkpoint(path) or path
     files = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
              for file in sorted(path.rglob("*")) if file.is_file()]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
@@ -101,6 +99,11 @@ class Store:
             if path not in self._models:
                 self._models[path] = self._load(path, self.dtype)
         return [self._models[path] for path in paths]
+
+    def load_alone(self, path: Path) -> Model:
+        """Load a model that the caller may change; all others leave memory."""
+        self.models([])
+        return self._load(path, self.dtype)
 
     def fill(self, methods: Iterable[Method], text_sets: Sequence[TextSet]) -> None:
         """Compute all log-probabilities that the methods will ask for, loading each model once, one at a time."""
