@@ -63,7 +63,7 @@ class OptimizerConfig:
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 for no clipping."""
     use_distributed_optimizer: bool = False
-    """Spread optimizer state over the data-parallel processes."""
+    """Spread optimizer state over the data-parallel processes. May change from one launch of a run to the next."""
 
 
 @dataclass
@@ -141,7 +141,7 @@ class TrainConfig:
     """Sequences per step over all processes; above micro_batch_size times the data-parallel size, gradients
     accumulate."""
     bf16: bool = False
-    """Compute in bfloat16 with fp32 gradients and master weights; else in fp32."""
+    """Compute in bfloat16 with fp32 gradients and master weights; else in fp32. The same in all launches of a run."""
     fp8: Fp8Config = field(default_factory=Fp8Config)
     seed: int = 1234
     """Of initial weights and the order of samples."""

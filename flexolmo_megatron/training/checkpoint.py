@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -116,10 +117,12 @@ def _sharded_state(state: TrainingState, is_loading: bool) -> dict[str, Any]:
         if isinstance(part, DistributedOptimizer):
             part.sharded_param_state_fully_reshardable = partial(sharded_param_state, part)
     optimizer = state.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
+    step = take_out_groups(optimizer)
     return {
         **models,
-        "optimizer_step": take_out_groups(optimizer),
-        "optimizer": optimizer,
+        "optimizer_step": step,
+        # What is loaded gets the structure of this run's optimizer; what is saved needs none (``optimizer_state.py``).
+        "optimizer": optimizer if is_loading else dict(enumerate(nested_values(optimizer))),
         "scheduler": state.scheduler.state_dict(),
         "progress": {name: getattr(state, name) for name in PROGRESS},
     }
@@ -233,31 +236,29 @@ def _begin_moments(part: MegatronOptimizer) -> None:
 
 
 @contextmanager
-def _loading_torch_adamw(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Let upstream's optimizers load a checkpoint where torch's AdamW stands in for a fused Adam.
+def _loading(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Let upstream's optimizers load a checkpoint where a state is left out of it or torch's AdamW stands in for a
+    fused Adam.
 
-    Upstream's distributed optimizer (0.16.1) expects the state of step 0 to be there, forgets AdamW's "step" when it
-    copies moments, and gives all parameters one and the same tensor as "step".
+    Upstream's distributed optimizer (0.16.1) expects a master weight also of fp32 parameters. With AdamW it expects the
+    state of step 0 to be there, forgets "step" when it copies moments, and gives all parameters one and the same tensor
+    as "step".
     """
-    if not USING_PYTORCH_OPTIMIZER:
-        yield
-        return
     used = [part for part in parts(optimizer) if part.optimizer is not None]
     for part in used:
-        _begin_moments(part)
+        if USING_PYTORCH_OPTIMIZER:
+            _begin_moments(part)
         if isinstance(part, DistributedOptimizer):
-            part._set_main_param_and_optimizer_states = partial(_set_with_step, part)
+            part._set_main_param_and_optimizer_states = partial(_set_states, part)
     yield
-    for part in used:
-        for state in part.optimizer.state.values():
-            state["step"] = state["step"].clone()
+    for state in (state for part in used for state in part.optimizer.state.values() if USING_PYTORCH_OPTIMIZER):
+        state["step"] = state["step"].clone()
 
 
 @torch.no_grad()
-def _set_with_step(part: DistributedOptimizer, model_parameter: torch.nn.Parameter, tensors: dict[str, Tensor]) -> None:
-    group, order = part.model_param_group_index_map[model_parameter]
-    state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
-    type(part)._set_main_param_and_optimizer_states(part, model_parameter, {**tensors, "step": state["step"]})
+def _set_states(part: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, Tensor]) -> None:
+    as_it_is = part._get_main_param_and_optimizer_states(parameter)
+    type(part)._set_main_param_and_optimizer_states(part, parameter, {**as_it_is, **tensors})
 
 
 def _load(path: Path, state: TrainingState) -> dict[str, Any]:
@@ -279,10 +280,11 @@ def load(path: Path, state: TrainingState) -> None:
     Raises:
         FlexOlmoError: the checkpoint is damaged or does not fit the run.
     """
-    with _loading_torch_adamw(state.optimizer):
+    with _loading(state.optimizer):
         loaded = together(lambda: _load(path, state))
         for index, module in enumerate(unwrap_model(state.chunks)):
             module.load_state_dict(loaded[f"model{index}"], strict=False)
+        loaded.setdefault("optimizer", {})  # where this rank has nothing of it
         put_back_groups(loaded["optimizer"], state.optimizer, loaded["optimizer_step"])
         state.optimizer.load_state_dict(loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["scheduler"])

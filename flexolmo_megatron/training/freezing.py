@@ -6,7 +6,7 @@ gradient buffer and no optimizer state, and its linear layers compute input grad
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -56,3 +56,23 @@ def frozen_fingerprint(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+class FrozenMark:
+    """What a model's frozen parameters are now, to show later that no bit of them has moved."""
+
+    def __init__(self, chunks: Sequence[nn.Module]) -> None:
+        self._chunks = chunks
+        self._before = self._fingerprints()
+
+    def _fingerprints(self) -> list[str]:
+        return [frozen_fingerprint(chunk) for chunk in self._chunks]
+
+    def check(self) -> None:
+        """Compare.
+
+        Raises:
+            RuntimeError: a frozen parameter has changed (a defect of this package).
+        """
+        if self._fingerprints() != self._before:
+            raise RuntimeError(f"a frozen parameter has changed on rank {torch.distributed.get_rank()}")

@@ -4,56 +4,30 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from flexolmo_megatron.config.card import ModelCard
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError, StopRequested
-from flexolmo_megatron.model.router import PairRouter
 from flexolmo_megatron.runtime.ranks import on_first_rank, together
-from flexolmo_megatron.runtime.setup import local_device
 from flexolmo_megatron.training import checkpoint
 from flexolmo_megatron.training.agreement import agree, agree_on_signal
 from flexolmo_megatron.training.checkpoint import TrainingState
 from flexolmo_megatron.training.checkpoint_writer import CheckpointWriter
 from flexolmo_megatron.training.console import Bar, say
-from flexolmo_megatron.training.datasets import Datasets, batches, parse_blend
-from flexolmo_megatron.training.freezing import frozen_fingerprint
+from flexolmo_megatron.training.datasets import Datasets
+from flexolmo_megatron.training.freezing import FrozenMark
 from flexolmo_megatron.training.memory import memory_report
 from flexolmo_megatron.training.optimization import apply_gradients, gradient_norm
+from flexolmo_megatron.training.passes import Passes
 from flexolmo_megatron.training.run_log import RunLog
 from flexolmo_megatron.training.signals import REQUEUE_FILE, StopSignals
-
-
-def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum the token losses `[b, s]`; Megatron's schedule divides by the number of tokens."""
-    total = (losses.float() * loss_mask).sum()
-    tokens = loss_mask.sum()
-    return total, tokens.to(torch.int), {"loss": torch.stack([total.detach(), tokens])}
-
-
-def _forward_step(
-    own_prefixes: int, iterator: Iterator[dict[str, Tensor]], model: DistributedDataParallel
-) -> tuple[Tensor, Any]:
-    """One microbatch. Where own_prefixes is above 0, samples of the first so many data sets are the owner's."""
-    batch = {name: value.to(local_device()) for name, value in next(iterator).items() if value is not None}
-    if own_prefixes:
-        for module in model.modules():
-            if isinstance(module, PairRouter):
-                module.own_B = batch["dataset_id"] < own_prefixes if model.training else None
-    own = get_batch_on_this_cp_rank({name: batch[name] for name in ("tokens", "position_ids", "labels", "loss_mask")})
-    losses = model(own["tokens"], own["position_ids"], None, labels=own["labels"])
-    return losses, lambda output: _loss(own["loss_mask"], output)
 
 
 class Loop:
@@ -73,55 +47,12 @@ class Loop:
         self.saving: CheckpointWriter | None = None
         self.saved = state.step
         self.signal = 0
-        self.data_parallel = parallel_state.get_data_parallel_world_size()
-        self.microbatches = config.global_batch_size // (config.micro_batch_size * self.data_parallel)
-        self.forward_backward = get_forward_backward_func()
-        own_prefixes = len(parse_blend(config.data.train)[0]) if config.expert.domain_loss_coeff else 0
-        self.forward_step = partial(_forward_step, own_prefixes)
+        self.passes = Passes(config, state.chunks)
         self.log: RunLog | None = None
 
     def _open_log(self) -> None:
         if torch.distributed.get_rank() == 0:
             self.log = RunLog(self.run, self.state.step)
-
-    def _iterators(self, dataset: Any, consumed_samples: int) -> list[Iterator[dict[str, Tensor]]]:
-        """The microbatches of this rank, once for each of its virtual pipeline stages."""
-        return [
-            iter(
-                batches(
-                    dataset,
-                    consumed_samples=consumed_samples,
-                    micro_batch_size=self.config.micro_batch_size,
-                    data_parallel_rank=parallel_state.get_data_parallel_rank(),
-                    data_parallel_size=self.data_parallel,
-                )
-            )
-            for _ in self.state.chunks
-        ]
-
-    def _pass(self, iterators: list[Iterator], forward_only: bool) -> tuple[float, Tensor]:
-        """Run one global batch; returns the mean loss per token in nats (on every rank), and the sum of the token
-        losses that this rank itself has seen (a scalar)."""
-        reports = self.forward_backward(
-            forward_step_func=self.forward_step,
-            data_iterator=iterators,
-            model=self.state.chunks,
-            num_microbatches=self.microbatches,
-            seq_length=self.config.data.seq_length,
-            micro_batch_size=self.config.micro_batch_size,
-            forward_only=forward_only,
-        )
-        totals = torch.zeros(2, dtype=torch.float64, device=local_device())
-        for report in reports:  # empty except on the last pipeline stage
-            totals += report["loss"]
-        own_loss = totals[0].clone()
-        torch.distributed.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        torch.distributed.broadcast(
-            totals,
-            parallel_state.get_pipeline_model_parallel_last_rank(),
-            parallel_state.get_pipeline_model_parallel_group(),
-        )
-        return (totals[0] / totals[1]).item(), own_loss
 
     def train(self) -> Path:
         """Train up to the end of the run, or of this launch's part of it; returns the last checkpoint.
@@ -163,8 +94,8 @@ class Loop:
     def _steps(self, last: int, bar: Bar) -> None:
         """Train up to and with step ``last``, or until a signal comes; with a checkpoint at the end."""
         config, state = self.config, self.state
-        fingerprints = [frozen_fingerprint(chunk) for chunk in state.chunks]
-        iterators = self._iterators(self.datasets.train, state.consumed_samples)
+        frozen = FrozenMark(state.chunks)
+        iterators = self.passes.iterators(self.datasets.train, state.consumed_samples)
         reported = False
         while state.step < last and not self.signal:
             row = self._step(iterators)
@@ -181,7 +112,7 @@ class Loop:
             if config.save_interval and state.step % config.save_interval == 0 and not ends:
                 self._save()
         if state.step == last:  # after a signal every second counts; a launch that comes to its end checks
-            together(lambda: self._check_frozen(fingerprints))
+            together(lambda: self._check_frozen(frozen))
         if self.saved < state.step:
             self._save()
         self._finish_saving()
@@ -195,7 +126,7 @@ class Loop:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
         lr = state.scheduler.get_lr({})  # of parameters without a rate of their own
-        loss, own_loss = self._pass(iterators, forward_only=False)
+        loss, own_loss = self.passes.run(iterators, forward_only=False)
         norm = gradient_norm(state.optimizer)
         agreed = agree(
             signal=self.signals.received,
@@ -246,7 +177,7 @@ class Loop:
     def _mean_router_loss(self, values_L: Tensor) -> float:
         """Mean over layers, microbatches and ranks of a router loss without its coefficient; each stage has its
         layers."""
-        total = values_L.sum() / (len(values_L) * self.microbatches)
+        total = values_L.sum() / (len(values_L) * self.passes.microbatches)
         torch.distributed.all_reduce(total)
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         return (total * stages / torch.distributed.get_world_size()).item()
@@ -256,8 +187,8 @@ class Loop:
         """Mean loss over ``eval_iters`` global batches, the same ones each time."""
         for chunk in self.state.chunks:
             chunk.eval()
-        iterators = self._iterators(self.datasets.valid, 0)
-        losses = [self._pass(iterators, forward_only=True)[0] for _ in range(self.config.eval_iters)]
+        iterators = self.passes.iterators(self.datasets.valid, 0)
+        losses = [self.passes.run(iterators, forward_only=True)[0] for _ in range(self.config.eval_iters)]
         return sum(losses) / len(losses)
 
     def _report(self, row: dict[str, Any], bar: Bar, final: bool) -> None:
@@ -302,10 +233,8 @@ class Loop:
             saving, self.saving = self.saving, None
             say(f"saved {checkpoint.finish_save(saving, self.config.keep)}")
 
-    def _check_frozen(self, before: list[str]) -> None:
-        after = [frozen_fingerprint(chunk) for chunk in self.state.chunks]
-        if after != before:
-            raise RuntimeError(f"a frozen parameter has changed on rank {torch.distributed.get_rank()}")
+    def _check_frozen(self, frozen: FrozenMark) -> None:
+        frozen.check()
         if self.card.kind == "pair":
             say(f"frozen parameters unchanged, bit by bit; anchor digest {self.card.anchor_digest}")
         if self.card.kind == "router":

@@ -1,9 +1,11 @@
 """What each data-parallel rank writes and reads of a distributed optimizer's state.
 
-A checkpoint has the master weight and the moments of each parameter in the parameter's own shape, so that any layout
-can load it. Upstream (0.16.1, ``fully_reshardable``) gathers the whole state on every rank's host to write it, and
-makes room for all of it to load it. Here a parameter is put together on the rank that holds the most of it, and read by
-the ranks that hold something of it: a rank has little more than its own share in memory.
+A checkpoint has the master weight and the moments of each parameter in the parameter's own shape, under the keys that
+upstream's other optimizers give them: any layout can load it, with the distributed optimizer or without. An fp32
+parameter is its own master weight, which is not stored twice. Upstream (0.16.1, ``fully_reshardable``) gathers the
+whole state on every rank's host to write it, and makes room for all of it to load it. Here a parameter is put together
+on the rank that holds the most of it, and read by the ranks that hold something of it: a rank has little more than its
+own share in memory.
 """
 
 from collections.abc import Iterator
@@ -17,7 +19,11 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
-STATES = ("param", "exp_avg", "exp_avg_sq")
+
+def _states(parameter: nn.Parameter) -> dict[str, str]:
+    """What is stored of a parameter's state: upstream's name in the optimizer, and the name in checkpoints."""
+    master = {} if parameter.dtype == torch.float32 else {"param": "fp32_param"}
+    return {**master, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
 
 def sharded_param_state(
@@ -36,7 +42,7 @@ def sharded_param_state(
         sizes = [piece[1] - piece[0] for piece in pieces]
         writer = sizes.index(max(sizes))
         if is_loading:
-            whole = {name: torch.zeros(parameter.shape) for name in STATES} if sizes[rank] else {}
+            whole = {name: torch.zeros(parameter.shape) for name in _states(parameter).values()} if sizes[rank] else {}
         else:
             whole = _put_together(part, parameter, pieces, writer)
         shard = by_parameter[parameter]
@@ -64,7 +70,8 @@ def _pieces(part: DistributedOptimizer) -> Iterator[tuple[nn.Parameter, list[tup
 def _put_together(
     part: DistributedOptimizer, parameter: nn.Parameter, pieces: list[tuple[int, int]], writer: int
 ) -> dict[str, Tensor]:
-    """The whole states of a parameter in host memory on the rank ``writer``, nothing on others."""
+    """The whole states of a parameter in host memory on the rank ``writer``, by their names in checkpoints; nothing on
+    others."""
     group, own = part.data_parallel_group, part.data_parallel_group.rank()
     ranks = torch.distributed.get_process_group_ranks(group)
     start, end = pieces[own]
@@ -72,14 +79,14 @@ def _put_together(
     if start < end:
         main = part._get_main_param_and_optimizer_states(parameter)
         device = main["param"].device
-        states = {name: main[name].detach() for name in STATES}
+        states = {stored: main[name].detach() for name, stored in _states(parameter).items()}
     if own != writer:
         for state in states.values():
             torch.distributed.send(state.contiguous(), ranks[writer], group)
         return {}
-    whole = {name: torch.empty(parameter.numel()) for name in STATES}
+    whole = {name: torch.empty(parameter.numel()) for name in _states(parameter).values()}
     for rank, (first, last) in enumerate(pieces):
-        for name in STATES if first < last else ():
+        for name in whole if first < last else ():
             piece = states[name] if rank == own else torch.empty(last - first, device=device)
             if rank != own:
                 torch.distributed.recv(piece, ranks[rank], group)

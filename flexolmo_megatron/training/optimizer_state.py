@@ -1,9 +1,10 @@
 """What a checkpoint keeps of an optimizer, whatever the layout.
 
-Megatron chains one optimizer for the experts to that of the rest where parallel.expert is above 1, and its checkpoints
-keep the parameter groups of each in that structure: they load only where it is the same. Of the groups nothing but the
-number of steps is needed, since learning rates and the like come from the run's options and its schedule. So a
-checkpoint has the step, and the moments under the names of their parameters.
+Megatron chains one optimizer for the experts to that of the rest where parallel.expert is above 1, its optimizers with
+and without master weights and the distributed one nest their states differently, and its checkpoints keep parameter
+groups in that structure: they load only where it is the same. Of the groups nothing but the number of steps is needed,
+since learning rates and the like come from the run's options and its schedule. So a checkpoint has the step, and the
+moments and master weights under the names of their parameters, with no structure.
 """
 
 from typing import Any
@@ -37,13 +38,10 @@ def take_out_groups(sharded: dict[Any, Any]) -> int:
 def put_back_groups(loaded: dict[Any, Any], optimizer: MegatronOptimizer, step: int) -> None:
     """Give a loaded state the parameter groups of this run's optimizer at ``step``, where it looks for them."""
     chain = parts(optimizer)
-    for key in list(loaded):  # empty parts of another chain
-        if isinstance(key, int) != (len(chain) > 1):
-            del loaded[key]
     for number, part in enumerate(chain):
+        state = loaded if len(chain) == 1 else loaded.setdefault(number, {})
         if part.optimizer is None:  # this rank has none of its parameters
             continue
-        state = loaded if len(chain) == 1 else loaded[number]
         if isinstance(part, DistributedOptimizer):
             state[_FORMAT] = "fully_reshardable"
         if not isinstance(part, FP32Optimizer):

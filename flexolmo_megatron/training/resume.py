@@ -26,5 +26,5 @@ def check_same_card(checkpoint: Path, card: ModelCard) -> None:
         if before != now:
             raise FlexOlmoError(
                 f"{checkpoint} belongs to another run: its {what} is {before}, this run's is {now}; name a new folder "
-                f"for this run (out), or start it as the first one was started"
+                f"for this run, or start it as the first one was started"
             )

@@ -23,11 +23,13 @@ from flexolmo_megatron.training.console import say
 from flexolmo_megatron.training.datasets import Datasets, build_datasets, parse_blend
 from flexolmo_megatron.training.loop import Loop
 from flexolmo_megatron.training.optimization import build_optimizer, build_scheduler
+from flexolmo_megatron.training.planning import Mode, plan
 from flexolmo_megatron.training.resume import check_same_card
 from flexolmo_megatron.training.router_run import row_set_runs, write_tuned_model
 from flexolmo_megatron.training.run_folder import check_folder, claim
+from flexolmo_megatron.training.run_plan import Plan
 from flexolmo_megatron.training.signals import REQUEUE_FILE, StopSignals
-from flexolmo_megatron.training.start import Mode, Plan, Start, plan, start
+from flexolmo_megatron.training.start import Start, start
 from flexolmo_megatron.training.tokenizer import load_tokenizer
 
 
@@ -64,10 +66,10 @@ def train(mode: Mode, config: TrainConfig) -> Path:
 def _train(mode: Mode, config: TrainConfig, planned: Plan, signals: StopSignals) -> Path:
     run = Path(config.out)
     on_first_rank(lambda: check_folder(run, mode, config))
-    begun = together(lambda: start(planned, config))
+    found = checkpoint.find_intact(run, config.checkpoint_hash)
+    begun = together(lambda: start(planned, config, resumes=found.path is not None))
     datasets = _datasets(config, run, begun)
     state = together(lambda: _training_state(config, begun))
-    found = checkpoint.find_intact(run, config.checkpoint_hash)
     if found.path is not None:
         on_first_rank(lambda: check_same_card(found.path, begun.card))
         checkpoint.load(found.path, state)

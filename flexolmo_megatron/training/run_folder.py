@@ -10,8 +10,8 @@ from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import atomic_file
 from flexolmo_megatron.training.checkpoint import Found, all_step_folders, set_aside, sweep
 from flexolmo_megatron.training.console import say
+from flexolmo_megatron.training.planning import Mode
 from flexolmo_megatron.training.signals import REQUEUE_FILE
-from flexolmo_megatron.training.start import Mode
 
 
 def check_folder(run: Path, mode: Mode, config: TrainConfig) -> None:
@@ -63,10 +63,10 @@ def claim(run: Path, mode: Mode, config: TrainConfig, found: Found) -> None:
 
 def _check_same_course(before: TrainConfig, now: TrainConfig) -> None:
     """Megatron draws the order of samples anew for another number of them: a run can only go on with the same one. And
-    checkpoints hold other optimizer tensors with master weights, and with the distributed optimizer."""
+    numbers of another type would be another run's: bf16 begins from rounded weights and has master weights."""
     samples = ("train_iters", "global_batch_size", "seed")
     data = [f"data.{name}" for name in ("train", "public", "public_share", "proxies", "seq_length")]
-    for name in (*samples, *data, "bf16", "optimizer.use_distributed_optimizer"):
+    for name in (*samples, *data, "bf16"):
         old, new = attrgetter(name)(before), attrgetter(name)(now)
         if old != new:
             raise FlexOlmoError(

@@ -26,6 +26,6 @@ def test_refused_on_this_machine(tmp_path, capsys, options, message):
 
 def test_sizes_are_checked_against_the_recipe(tmp_path, capsys, monkeypatch):
     chip = Chip("NVIDIA B200", (10, 0), "12.9", "2.11.0")
-    monkeypatch.setattr("flexolmo_megatron.training.start.this_chip", lambda: chip)
+    monkeypatch.setattr("flexolmo_megatron.training.planning.this_chip", lambda: chip)
     error = _refusal(tmp_path, capsys, "bf16=true", "fp8.recipe=mxfp8")
     assert "fp8.recipe = mxfp8: model.ffn_hidden_size = 48 is not a multiple of 32" in error

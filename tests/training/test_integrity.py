@@ -165,10 +165,10 @@ def test_a_parameter_without_a_place_in_the_checkpoint_is_a_defect(world, tmp_pa
 
 
 def test_a_frozen_parameter_that_has_changed_is_not_saved(world, tmp_path, monkeypatch):
-    from flexolmo_megatron.training import loop
+    from flexolmo_megatron.training import freezing
 
     fingerprints = iter("ab")
-    monkeypatch.setattr(loop, "frozen_fingerprint", lambda chunk: next(fingerprints))
+    monkeypatch.setattr(freezing, "frozen_fingerprint", lambda chunk: next(fingerprints))
     with pytest.raises(RuntimeError, match="a frozen parameter has changed on rank 0"):
         main(runs.expert_options(world, tmp_path / "run"))
     assert not list((tmp_path / "run").glob("checkpoints/*"))

@@ -1,0 +1,89 @@
+"""Global batches through Megatron's schedule: one forward pass, or forward and backward, and the mean loss."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor
+
+from flexolmo_megatron.config.train import TrainConfig
+from flexolmo_megatron.model.router import PairRouter
+from flexolmo_megatron.runtime.setup import local_device
+from flexolmo_megatron.training.datasets import batches, parse_blend
+
+
+def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum the token losses `[b, s]`; Megatron's schedule divides by the number of tokens."""
+    total = (losses.float() * loss_mask).sum()
+    tokens = loss_mask.sum()
+    return total, tokens.to(torch.int), {"loss": torch.stack([total.detach(), tokens])}
+
+
+def _forward_step(
+    own_prefixes: int, iterator: Iterator[dict[str, Tensor]], model: DistributedDataParallel
+) -> tuple[Tensor, Any]:
+    """One microbatch. Where own_prefixes is above 0, samples of the first so many data sets are the owner's."""
+    batch = {name: value.to(local_device()) for name, value in next(iterator).items() if value is not None}
+    if own_prefixes:
+        for module in model.modules():
+            if isinstance(module, PairRouter):
+                module.own_B = batch["dataset_id"] < own_prefixes if model.training else None
+    own = get_batch_on_this_cp_rank({name: batch[name] for name in ("tokens", "position_ids", "labels", "loss_mask")})
+    losses = model(own["tokens"], own["position_ids"], None, labels=own["labels"])
+    return losses, lambda output: _loss(own["loss_mask"], output)
+
+
+class Passes:
+    """What one process does in every pass of a run."""
+
+    def __init__(self, config: TrainConfig, chunks: list[DistributedDataParallel]) -> None:
+        self.config, self.chunks = config, chunks
+        self.data_parallel = parallel_state.get_data_parallel_world_size()
+        self.microbatches = config.global_batch_size // (config.micro_batch_size * self.data_parallel)
+        self.forward_backward = get_forward_backward_func()
+        own_prefixes = len(parse_blend(config.data.train)[0]) if config.expert.domain_loss_coeff else 0
+        self.forward_step = partial(_forward_step, own_prefixes)
+
+    def iterators(self, dataset: Any, consumed_samples: int) -> list[Iterator[dict[str, Tensor]]]:
+        """The microbatches of this rank, once for each of its virtual pipeline stages."""
+        return [
+            iter(
+                batches(
+                    dataset,
+                    consumed_samples=consumed_samples,
+                    micro_batch_size=self.config.micro_batch_size,
+                    data_parallel_rank=parallel_state.get_data_parallel_rank(),
+                    data_parallel_size=self.data_parallel,
+                )
+            )
+            for _ in self.chunks
+        ]
+
+    def run(self, iterators: list[Iterator], forward_only: bool) -> tuple[float, Tensor]:
+        """Run one global batch; returns the mean loss per token in nats (on every rank), and the sum of the token
+        losses that this rank itself has seen (a scalar)."""
+        reports = self.forward_backward(
+            forward_step_func=self.forward_step,
+            data_iterator=iterators,
+            model=self.chunks,
+            num_microbatches=self.microbatches,
+            seq_length=self.config.data.seq_length,
+            micro_batch_size=self.config.micro_batch_size,
+            forward_only=forward_only,
+        )
+        totals = torch.zeros(2, dtype=torch.float64, device=local_device())
+        for report in reports:  # empty except on the last pipeline stage
+            totals += report["loss"]
+        own_loss = totals[0].clone()
+        torch.distributed.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        torch.distributed.broadcast(
+            totals,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            parallel_state.get_pipeline_model_parallel_group(),
+        )
+        return (totals[0] / totals[1]).item(), own_loss
