@@ -2,6 +2,7 @@
 
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from flexolmo_megatron.config.layout import ModelKind
@@ -38,6 +39,8 @@ def build_model(
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
+    model_class: type[GPTModel] = GPTModel,
+    pg_collection: ProcessGroupCollection | None = None,
 ) -> GPTModel:
     """Build this rank's part of a model, with random weights.
 
@@ -49,8 +52,10 @@ def build_model(
         pre_process: whether this pipeline stage has the embedding.
         post_process: whether this pipeline stage has the final norm and the output layer.
         vp_stage: virtual pipeline stage.
+        model_class: GPTModel, or a class that is made as it is.
+        pg_collection: process groups; None for those of ``parallel_state``.
     """
-    return GPTModel(
+    return model_class(
         config,
         transformer_layer_spec=spec or block_spec(kind, config, vp_stage=vp_stage),
         vocab_size=model.vocab_size,
@@ -61,4 +66,5 @@ def build_model(
         position_embedding_type="rope",
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
+        pg_collection=pg_collection,
     )

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexolmo_megatron.convert.model import open_model, save_model
+from flexolmo_megatron.config.card import ModelCard
+from flexolmo_megatron.convert.model import newest_checkpoint, open_model, save_model
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.integrations.megatron_lm.__main__ import find_tree
 from flexolmo_megatron.integrations.megatron_lm.arguments import LaunchArguments, dense_card
-from flexolmo_megatron.integrations.megatron_lm.cards import newest_card, write_cards
+from flexolmo_megatron.integrations.megatron_lm.cards import write_cards
 from flexolmo_megatron.integrations.megatron_lm.model import OwnersModel
 from flexolmo_megatron.integrations.megatron_lm.specs import DENSE, MOE, PAIR
 from flexolmo_megatron.model.builder import block_spec
@@ -158,10 +159,8 @@ def test_cards_are_written_from_the_arguments_in_the_checkpoint(tmp_path):
     assert write_cards(tmp_path) == [first, second]
     assert write_cards(tmp_path) == []
     assert not (torn / "flexolmo.json").exists()
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("6")
-    path, found = newest_card(tmp_path)
-    assert path == second
-    assert found == replace(card, training={"tokens": 768, "steps": 6, "lr": 5e-3, "seed": 1})
+    assert newest_checkpoint(tmp_path) == second
+    assert ModelCard.load(second) == replace(card, training={"tokens": 768, "steps": 6, "lr": 5e-3, "seed": 1})
 
 
 def test_checkpoints_of_other_launches_are_refused(tmp_path):

@@ -125,9 +125,10 @@ def test_its_checkpoints_are_packed_verified_and_merged(world, launched, tmp_pat
     assert [manifest["training"]["steps"] for manifest in manifests] == [3, 6]
 
 
-def test_tensor_parallel_processes_train_the_same(world, launched, tmp_path):
-    status, output, _ = _launch(world, tmp_path / "save", "--tensor-model-parallel-size", "2", "--sequence-parallel",
-                                processes=2)
+@pytest.mark.parametrize("layout", [["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+                                    ["--pipeline-model-parallel-size", "2"]], ids=["tensor", "pipeline"])
+def test_two_processes_train_the_same(world, launched, tmp_path, layout):
+    status, output, _ = _launch(world, tmp_path / "save", *layout, processes=2)
     assert status == 0, output[-4000:]
     one = tensors_of(open_model(launched[0]))
     for name, tensor in tensors_of(open_model(tmp_path / "save")).items():
@@ -166,7 +167,7 @@ def test_a_new_anchor_is_opened_and_another_architecture_is_refused(world, tmp_p
     assert "flexolmo: Megatron-LM's argument num_layers = 3: expected 2, as the anchor demands" in output
     status, output, _ = _launch(world, tmp_path / "save")
     assert status == 2
-    assert f"{tmp_path}/save/iter_0000006 is of a run with kind = dense, this one has pair" in output
+    assert f"{tmp_path}/save/iter_0000006 belongs to another run: its kind is dense, this run's is pair" in output
 
 
 def test_the_example_is_a_launch(world, tmp_path):

@@ -11,7 +11,8 @@ from flexolmo_megatron.config.card import ModelCard
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import ExpertConfig, TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.training.start import Plan, plan_expert
+from flexolmo_megatron.training.planning import plan_expert
+from flexolmo_megatron.training.run_plan import Plan
 
 _OLMO2 = dict(
     position_embedding_type="rope",

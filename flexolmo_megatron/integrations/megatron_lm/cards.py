@@ -7,12 +7,10 @@ be written at any later time: when a run ends or starts again, or by hand.
 import json
 from pathlib import Path
 
-from flexolmo_megatron.config.card import CARD_FILE, FORMAT_VERSION, ModelCard
+from flexolmo_megatron.config.card import CARD_FILE, FORMAT_VERSION
 from flexolmo_megatron.convert.megatron import METADATA_FILE
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import write_json
-
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def write_cards(save: Path) -> list[Path]:
@@ -47,15 +45,3 @@ def _card(folder: Path) -> dict:
         "seed": args.seed,
     }
     return {"format_version": FORMAT_VERSION, **json.loads(args.flexolmo_card), "training": training}
-
-
-def newest_card(load: Path) -> tuple[Path, ModelCard] | None:
-    """The checkpoint that Megatron-LM would load from a folder, and its card; None where there is no checkpoint."""
-    tracker = load / TRACKER
-    if not tracker.is_file():
-        return None
-    iteration = tracker.read_text().strip()
-    if not iteration.isdecimal():
-        raise FlexOlmoError(f"{tracker} says {iteration!r}: expected the number of an iteration")
-    folder = load / f"iter_{int(iteration):07d}"
-    return folder, ModelCard.load(folder)

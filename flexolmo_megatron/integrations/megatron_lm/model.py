@@ -12,14 +12,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from flexolmo_megatron.config.card import ModelCard
-from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.convert.model import newest_checkpoint
 from flexolmo_megatron.integrations.megatron_lm.arguments import LaunchArguments, dense_card
-from flexolmo_megatron.integrations.megatron_lm.cards import newest_card, write_cards
-from flexolmo_megatron.model.builder import block_spec
+from flexolmo_megatron.integrations.megatron_lm.cards import write_cards
+from flexolmo_megatron.model.builder import block_spec, build_model
 from flexolmo_megatron.model.config import FlexOlmoTransformerConfig
 from flexolmo_megatron.model.spec import TorchSpecProvider, default_backend
 from flexolmo_megatron.runtime.ranks import on_first_rank
-from flexolmo_megatron.training.freezing import frozen_fingerprint
+from flexolmo_megatron.training.freezing import FrozenMark
+from flexolmo_megatron.training.resume import check_same_card
 from flexolmo_megatron.training.start import fill_pair, name_anchor
 
 
@@ -48,10 +49,11 @@ class ModelProvider:
 
     def __init__(self, arguments: LaunchArguments) -> None:
         self.arguments = arguments
+        self.card: ModelCard | None = None
         self.rows: torch.Tensor | None = None
         self.chunks: list[GPTModel] = []
-        self.before: dict[int, str] = {}
-        """Chunk -> fingerprint of its frozen parameters when training began."""
+        self.frozen: FrozenMark | None = None
+        """Made when training begins."""
 
     def __call__(
         self,
@@ -67,57 +69,48 @@ class ModelProvider:
         args = get_args()
         stages = 1 if vp_stage is None else args.virtual_pipeline_model_parallel_size
         if len(self.chunks) in (0, stages):  # also when Megatron-LM restarts within the process
-            self.chunks, self.before = [], {}
+            self.chunks, self.frozen = [], None
             self._begin(args)
         expert = self.arguments.plan is not None
         config = core_transformer_config_from_args(args, FlexOlmoTransformerConfig)
         backend = TorchSpecProvider() if args.transformer_impl == "local" else default_backend()
-        model = (OwnersModel if expert else GPTModel)(
+        model = build_model(
+            self.card.model,
+            self.card.kind,
             config,
-            block_spec("pair" if expert else "dense", config, backend, vp_stage),
-            vocab_size=args.padded_vocab_size,
-            max_sequence_length=args.max_position_embeddings,
+            spec=block_spec(self.card.kind, config, backend, vp_stage),
             pre_process=pre_process,
             post_process=post_process,
-            share_embeddings_and_output_weights=False,
-            position_embedding_type="rope",
-            rotary_base=args.rotary_base,
             vp_stage=vp_stage,
+            model_class=OwnersModel if expert else GPTModel,
             pg_collection=pg_collection,
         )
         self.chunks.append(model)
         if expert and len(self.chunks) == stages:
             fill_pair(self.chunks, self.arguments.plan.anchor, self.rows)
-            for index, chunk in enumerate(self.chunks):
+            for chunk in self.chunks:
                 _mark_router(chunk)
-                self._remember_frozen(index, chunk)
+            self._remember_frozen()
         return model
 
     def _begin(self, args: argparse.Namespace) -> None:
         """Check the arguments, make the run's card, and check that a checkpoint to go on with is of the same run."""
         self.arguments.check(args)
         if self.arguments.plan is None:
-            card = dense_card(args)
+            self.card = dense_card(args)
         else:
-            card = self.arguments.plan.card
+            self.card = self.arguments.plan.card
             self.rows = name_anchor(self.arguments.plan, self.arguments.config)
-        args.flexolmo_card = json.dumps(asdict(card))
-        found = on_first_rank(lambda: _newest(args))
-        if found is None:
-            return
-        path, before = found
-        for name in ("kind", "anchor_digest", "expert_names", "model"):
-            if getattr(before, name) != getattr(card, name):
-                raise FlexOlmoError(f"{path} is of a run with {name} = {getattr(before, name)}, this one has "
-                                    f"{getattr(card, name)}; name another folder with --load and --save")
+        args.flexolmo_card = json.dumps(asdict(self.card))
+        on_first_rank(lambda: _check_checkpoints(args, self.card))
 
-    def _remember_frozen(self, index: int, chunk: GPTModel) -> None:
+    def _remember_frozen(self) -> None:
         # Not now: Megatron-LM still converts the model's type.
         def first_forward(*_: Any) -> None:
             handle.remove()
-            self.before[index] = frozen_fingerprint(chunk)
+            self.frozen = FrozenMark(self.chunks)
 
-        handle = chunk.register_forward_pre_hook(first_forward)
+        handle = self.chunks[0].register_forward_pre_hook(first_forward)
 
     def finish(self) -> None:
         """After training: show that nothing frozen has moved, and write the cards of the checkpoints.
@@ -127,10 +120,8 @@ class ModelProvider:
         """
         from megatron.training import get_args, print_rank_0
 
-        for index, before in self.before.items():
-            if frozen_fingerprint(self.chunks[index]) != before:
-                raise RuntimeError(f"a frozen parameter has changed on rank {torch.distributed.get_rank()}")
-        if self.before:
+        if self.frozen is not None:
+            self.frozen.check()
             digest = self.arguments.plan.card.anchor_digest
             print_rank_0(f"frozen parameters unchanged, bit by bit; anchor digest {digest}")
         save = get_args().save
@@ -148,8 +139,9 @@ def _mark_router(chunk: GPTModel) -> None:
             parameter.is_embedding_or_output_parameter = True
 
 
-def _newest(args: argparse.Namespace) -> tuple[Path, ModelCard] | None:
-    """The checkpoint that a launch would go on with, after earlier ones have got the cards that they lack."""
+def _check_checkpoints(args: argparse.Namespace, card: ModelCard) -> None:
+    """Give earlier checkpoints the cards that they lack, and check that what a launch goes on with is of this run."""
     for folder in {args.save, args.load} - {None}:
         write_cards(Path(folder))
-    return newest_card(Path(args.load)) if args.load else None
+    if args.load and (newest := newest_checkpoint(Path(args.load))):
+        check_same_card(newest, card)
