@@ -32,6 +32,7 @@ def transformer_config(
     *,
     dtype: torch.dtype = torch.float32,
     anchor_ffn_hidden_size: int | None = None,
+    config_class: type[FlexOlmoTransformerConfig] = FlexOlmoTransformerConfig,
     **overrides: Any,
 ) -> FlexOlmoTransformerConfig:
     """Return the Megatron configuration of a model.
@@ -41,7 +42,8 @@ def transformer_config(
         kind: dense, moe or pair.
         dtype: of weights and activations; float32 or bfloat16.
         anchor_ffn_hidden_size: pair only, where the owner's expert is narrower than the anchor's FFN.
-        overrides: any field of TransformerConfig, for example parallel sizes.
+        config_class: what is made; another framework's configuration may add fields of its own.
+        overrides: any field of it, for example parallel sizes.
 
     Raises:
         FlexOlmoError: the architecture cannot be split over the given parallel sizes.
@@ -91,7 +93,7 @@ def transformer_config(
         )
     values |= overrides
     _check_split(model, kind, values)
-    return FlexOlmoTransformerConfig(**values)
+    return config_class(**values)
 
 
 def _check_split(model: ModelConfig, kind: ModelKind, values: dict[str, Any]) -> None:

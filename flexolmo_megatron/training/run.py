@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.utils import get_model_config
 
+from flexolmo_megatron.config.card import ModelCard
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.errors import StopRequested
 from flexolmo_megatron.model.router import hold_biases_at_zero
@@ -68,7 +69,7 @@ def _train(mode: Mode, config: TrainConfig, planned: Plan, signals: StopSignals)
     on_first_rank(lambda: check_folder(run, mode, config))
     found = checkpoint.find_intact(run, config.checkpoint_hash)
     begun = together(lambda: start(planned, config, resumes=found.path is not None))
-    datasets = _datasets(config, run, begun)
+    datasets = run_datasets(config, begun.card)
     state = together(lambda: _training_state(config, begun))
     if found.path is not None:
         on_first_rank(lambda: check_same_card(found.path, begun.card))
@@ -101,8 +102,14 @@ def _tune_router(mode: Mode, config: TrainConfig, planned: Plan, signals: StopSi
     return checkpoints[0]
 
 
-def _datasets(config: TrainConfig, run: Path, begun: Start) -> Datasets:
-    tokenizer = together(lambda: load_tokenizer(begun.card.tokenizer))
+def run_datasets(config: TrainConfig, card: ModelCard) -> Datasets:
+    """The samples of a run, in its order. Called by all ranks.
+
+    Args:
+        config: of the run.
+        card: what it trains: names the tokenizer.
+    """
+    tokenizer = together(lambda: load_tokenizer(card.tokenizer))
     return build_datasets(
         train=_blend(config),
         valid=config.data.valid or None,
@@ -111,8 +118,8 @@ def _datasets(config: TrainConfig, run: Path, begun: Start) -> Datasets:
         train_samples=config.train_iters * config.global_batch_size,
         valid_samples=config.eval_iters * config.global_batch_size,
         tokenizer=tokenizer,
-        vocab_size=begun.card.model.vocab_size,
-        cache_dir=config.data.cache or run / "cache",
+        vocab_size=card.model.vocab_size,
+        cache_dir=config.data.cache or Path(config.out, "cache"),
     )
 
 
