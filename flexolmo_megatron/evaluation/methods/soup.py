@@ -55,7 +55,7 @@ def check_same_sizes(models: Sequence[LazyModel]) -> None:
         for what, value, first in (("sizes", model.card.model, models[0].card.model),
                                    ("tokenizer", model.card.tokenizer, models[0].card.tokenizer)):
             if value != first:
-                raise FlexOlmoError(f"model {number} has another {what} than the first ({value} against {first}): "
+                raise FlexOlmoError(f"model {number} and the first one differ in their {what} ({value} and {first}): "
                                     "expected copies of one anchor")
 
 

@@ -111,8 +111,8 @@ def test_definitions_say_what_is_mixed_and_what_it_costs(tmp_path: Path) -> None
     methods = methods_of(FakeStore(tmp_path, fakes), btm_top_k=[1, 9], btm_temperatures=[1, 20])
     assert len(methods) == 2 * 2 * 2 * 2  # 9 of 3 is all 3
     method = methods["BTM top-1 oracle tau=20"]
-    assert method.definition == ("weighted mean of the logits of 1 of 3 dense models, the public one among them; weights "
-                                 "softmax(-NLL / 20) from the whole text's likelihood")
+    assert method.definition == ("weighted mean of the logits of 1 of 3 dense models, the public one among them; "
+                                 "weights softmax(-NLL / 20) from the whole text's likelihood")
     assert (method.sees, method.inference) == ("oracle", "3 forward passes for the weights, 1 of them again to predict")
     assert method.training_tokens({"public": 1000, "owner": 10}) == 1020
     assert method.training == "public + 2 owner"
