@@ -19,12 +19,8 @@ ABLATIONS: Mapping[str, str] = {
     "hidden-state init": "router rows start at the means of the anchor's hidden states, layer by layer",
     "embedder init": "router rows start at the means of another model's document embeddings",
     "paper": "the paper's setting throughout",
-    "replay": "owners train on public documents, too",
-    "row temperature": "router rows are scaled by a factor that is calibrated on public data",
-    "centred": "domain vectors are centred on the public one",
-    "public KL": "owners' runs stay near the anchor on public documents, by a KL loss",
 }
-"""What is different in each ablation that has a usual name (tables 1 and 3 of the paper, and options)."""
+"""What is different in each ablation that has a usual name (tables 1 and 3 of the paper)."""
 
 
 def _card(path: Path, what: str) -> ModelCard:
@@ -102,11 +98,3 @@ def ablations(models: Models, settings: Settings) -> list[Method]:
         methods.append(single(f"FlexOlmo, {name}", "ablations", Variant(path, top_k=card.model.top_k),
                               ABLATIONS.get(name, name), f"{_PAPER}, tables 1 and 3", runs))
     return methods
-
-
-def unrestricted(models: Models, settings: Settings) -> list[Method]:
-    """Mixtures that start as copies of the anchor and train on everything, which no owner's data may be used for."""
-    return [single(f"unrestricted MoE {scale}", "unrestricted", Variant(path), "a mixture of copies of the anchor, "
-                   f"trained on all public and owners' data together, with {scale} the FLOPs of all owners' runs",
-                   f"{_PAPER}, table 1", {"public": 1, f"unrestricted-{scale}": 1})
-            for scale, path in models.unrestricted.items()]

@@ -13,7 +13,7 @@ FAMILIES: dict[str, Callable[[Models, Settings], list[Method]]] = {
     "btm": btm.btm,
     "prompt routing": prompt_routing.prompt_routing,
     "btx": btx.btx,
-    "unrestricted": flexolmo.unrestricted,
+    "unrestricted": single_models.unrestricted,
     "flexolmo": flexolmo.flexolmo,
     "ablations": flexolmo.ablations,
 }
