@@ -11,6 +11,7 @@ setup(
     package_data={
         "flexolmo_megatron.config": ["presets/*.yaml"],
         "flexolmo_megatron.launch": ["templates/*"],
+        "flexolmo_megatron.mix": ["recipes/*.yaml"],
     },
     python_requires=">=3.11",
     install_requires=[
@@ -31,6 +32,11 @@ setup(
     ],
     extras_require={
         "hf": ["transformers>=4.57,<6"],
+        # Not in install_requires: it wants huggingface-hub 1.6, and the extras nemo and bridge one below 1.
+        "datatrove": [
+            "datatrove>=0.10.1,<0.11", "spacy>=3.8,<3.9", "tldextract>=5.3,<6", "pyahocorasick>=2.1,<3",
+            "fasteners>=0.19,<1", "fasttext-numpy2-wheel>=0.9.2,<0.10",
+        ],
         "embed": ["sentence-transformers>=3", "transformers>=4.57,<6"],
         "te": ["transformer-engine[pytorch]>=2.11,<3"],
         "nemo": ["nemo_toolkit==2.7.3", "transformers~=4.57.0"],

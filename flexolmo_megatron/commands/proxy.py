@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from flexolmo_megatron.commands.documents import add_text_key_option, usable_processors
+from flexolmo_megatron.commands.documents import add_text_key_option, add_where_options
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -14,7 +14,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
                     "look most like the owner's, up to a token budget, without copies and near-copies of the owner's "
                     "own. The coordinator may tune the router on them. Writes a new folder with proxies.jsonl, "
                     "report.json and scores.png, which hold nothing of the owner's text. The same command goes on "
-                    "with a run that was stopped, from OUT.state, which stays with the owner.")
+                    "with a run that was stopped, from OUT.state, which stays with the owner. Documents are read and "
+                    "scored in shards, by datatrove.")
     parser.add_argument("owner", nargs="+", metavar="OWNER_TEXT",
                         help="the owner's documents: files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet) or quoted "
                              "patterns, as in 'notes/**/*.jsonl'")
@@ -38,10 +39,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
                              "taken for a near-copy of one of the owner's (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N",
                         help="of samples and training (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=usable_processors(), metavar="N",
-                        help="processes; the output does not depend on it. A transformers encoder scores in one "
-                             "process, on the GPU where there is one (default: the usable processors, here "
-                             "%(default)s)")
+    add_where_options(parser, "A transformers encoder scores in one process, on the GPU where there is one")
     add_text_key_option(parser)
     parser.add_argument("--max-bad", type=int, default=100, metavar="N",
                         help="how many empty or broken documents of a side are skipped before the run stops "
@@ -61,13 +59,14 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run ``flexolmo proxy``."""
     from flexolmo_megatron.domain.proxy import ProxyOptions, select_proxies
+    from flexolmo_megatron.shards.run import Where
     from flexolmo_megatron.training.tokenizer import tokenizer_spec
 
     options = ProxyOptions(
         tokens=args.tokens, tokenizer=tokenizer_spec(args.tokenizer), classifier=args.classifier,
-        documents=args.documents, seed=args.seed, jaccard=args.jaccard, workers=args.workers, text_key=args.text_key,
-        max_bad=args.max_bad, learning_rate=args.lr, epochs=args.epochs, batch_size=args.batch_size,
-        max_tokens=args.max_tokens)
+        documents=args.documents, seed=args.seed, jaccard=args.jaccard, where=Where.of(args.workers, args.slurm),
+        text_key=args.text_key, max_bad=args.max_bad, learning_rate=args.lr, epochs=args.epochs,
+        batch_size=args.batch_size, max_tokens=args.max_tokens)
     result = select_proxies(args.owner, args.public, args.out, options)
     report = result.report
     for side, bad in report["skipped"].items():
@@ -80,8 +79,10 @@ def run(args: argparse.Namespace) -> None:
           f"{held_out['public_documents']:,} public ones")
     if result.scored:
         rate = result.scored / result.seconds
+        where = ("Slurm, the queue included" if result.where.slurm else
+                 f"{result.where.workers} process{'es' * (result.where.workers > 1)}")
         print(f"scored {result.scored:,} public documents in {result.seconds:,.1f} s: {rate:,.0f} documents/s with "
-              f"{result.workers} process{'es' * (result.workers > 1)}")
+              f"{where}")
     print(f"excluded, as they are documents of the owner's: copies {duplicates['copies_excluded']:,}, near-copies "
           f"{duplicates['near_copies_excluded']:,} (Jaccard similarity of at least {duplicates['jaccard']:g})")
     print(f"{args.out}: {proxies['documents']:,} proxies of {proxies['tokens']:,} tokens "

@@ -11,11 +11,12 @@ not: of consequence only where the sample is most of the public corpus.
 Source: arXiv 2507.07024, section 3.3.2.
 """
 
+import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from flexolmo_megatron.domain.proxy_classifier import (
     LINEAR,
     Classifier,
     LinearClassifier,
-    load_classifier,
     measure,
     split_documents,
 )
@@ -33,27 +33,18 @@ from flexolmo_megatron.domain.proxy_duplicates import (
     DEFAULT_JACCARD,
     PERMUTATIONS,
     SHINGLE_WORDS,
-    DuplicateIndex,
     Signatures,
     join_signatures,
-    signatures,
 )
 from flexolmo_megatron.domain.proxy_selection import Selection, select
-from flexolmo_megatron.domain.proxy_state import ProxyState, Scores, as_counter, counter_arrays, file_identity
+from flexolmo_megatron.domain.proxy_state import ProxyState, as_counter, counter_arrays, file_identity
 from flexolmo_megatron.domain.sample import reservoir_sample
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.plots import plot_scores
 from flexolmo_megatron.files import atomic_directory, check_free, write_json
-from flexolmo_megatron.training.document_pool import Chunk, read_chunks, work
-from flexolmo_megatron.training.documents import (
-    DEFAULT_MAX_BAD,
-    Bad,
-    BadDocuments,
-    find_files,
-    parse_record,
-    read_records,
-)
-from flexolmo_megatron.training.progress import DocumentProgress
+from flexolmo_megatron.shards import require_datatrove
+from flexolmo_megatron.shards.run import Where, progress_folder, run_shards
+from flexolmo_megatron.training.documents import DEFAULT_MAX_BAD, Bad, find_files, parse_record, read_records
 from flexolmo_megatron.training.tokenizer import load_tokenizer
 
 DEFAULT_DOCUMENTS = 50_000
@@ -78,8 +69,8 @@ class ProxyOptions:
     seed: int = 0
     jaccard: float = DEFAULT_JACCARD
     """Similarity from which a public document is a near-copy of one of the owner's."""
-    workers: int = 1
-    """Processes; they do not change the result."""
+    where: Where = Where()
+    """Documents are worked on; it does not change the result."""
     text_key: str = "text"
     max_bad: int = DEFAULT_MAX_BAD
     """Unusable documents on either side that are skipped before the run stops."""
@@ -93,8 +84,8 @@ class ProxyOptions:
 
     def check(self) -> None:
         """Raise FlexOlmoError if a value is out of range."""
-        for key, smallest in (("tokens", 1), ("documents", 1), ("seed", 0), ("workers", 1), ("max_bad", 0),
-                              ("epochs", 1), ("batch_size", 1), ("max_tokens", 1)):
+        for key, smallest in (("tokens", 1), ("documents", 1), ("seed", 0), ("max_bad", 0), ("epochs", 1),
+                              ("batch_size", 1), ("max_tokens", 1)):
             if getattr(self, key) < smallest:
                 raise FlexOlmoError(f"--{key.replace('_', '-')} {getattr(self, key)}: expected a number of at least "
                                     f"{smallest}")
@@ -113,8 +104,8 @@ class ProxyResult:
     """Documents scored by this start, the rest by earlier ones."""
     seconds: float
     """That scoring them took."""
-    workers: int
-    """Processes that scored."""
+    where: Where
+    """They were scored."""
 
 
 def select_proxies(owner: Sequence[str], public: Sequence[str], out: str | os.PathLike,
@@ -122,7 +113,7 @@ def select_proxies(owner: Sequence[str], public: Sequence[str], out: str | os.Pa
     """Write the folder ``out`` with proxies.jsonl, report.json and scores.png.
 
     A run that was stopped goes on where it was, if it is started with the same arguments: ``OUT.state`` holds which
-    public files are scored, and goes when ``out`` is complete.
+    shards of the public files are scored, and goes when ``out`` is complete.
 
     Args:
         owner: JSONL and Parquet files, and patterns of such, with the owner's documents.
@@ -134,6 +125,7 @@ def select_proxies(owner: Sequence[str], public: Sequence[str], out: str | os.Pa
         FlexOlmoError: bad input or options, a classifier that cannot be loaded, or nothing to select.
     """
     options.check()
+    require_datatrove("flexolmo proxy")
     out = Path(out)
     check_free(out)
     load_tokenizer(options.tokenizer)
@@ -146,19 +138,21 @@ def select_proxies(owner: Sequence[str], public: Sequence[str], out: str | os.Pa
     quality = state.quality()
     if quality is None:
         quality = _train(state, owner_files, public_files, options)
-    scored, seconds, scoring_workers = _score(state, public_files, options)
-    scores = state.scores(public_files)
+    parts = state.parts(max(1, math.ceil(options.where.at_once / len(public_files))))
+    scored, seconds, where = _score(state, public_files, parts, options)
+    scores = state.scores(len(public_files), parts)
     skipped = {"owner": owner_skipped, "public": sum((one.bad for one in scores), Counter())}
+    _check_bad(skipped["public"], options)
     with atomic_directory(out) as folder:
-        selection = select(public_files, scores, DuplicateIndex(known, options.jaccard), budget=options.tokens,
-                           tokenizer=options.tokenizer, text_key=options.text_key, workers=options.workers,
-                           spool=state.spool, out=folder / PROXIES)
+        selection = select(public_files, scores, state, budget=options.tokens, jaccard=options.jaccard,
+                           tokenizer=options.tokenizer, text_key=options.text_key, parts=parts, where=options.where,
+                           out=folder / PROXIES)
         logits = np.concatenate([one.logits for one in scores])
-        report = _report(options, len(known.exact), logits, selection, quality, skipped)
+        report = _report(options, known, logits, selection, quality, skipped)
         write_json(folder / REPORT, report)
         plot_scores(report["histogram"], folder / HISTOGRAM)
     state.remove()
-    return ProxyResult(report, scored, seconds, scoring_workers)
+    return ProxyResult(report, scored, seconds, where)
 
 
 def _plan(owner_files: list[Path], public_files: list[Path], options: ProxyOptions) -> dict[str, Any]:
@@ -170,36 +164,32 @@ def _plan(owner_files: list[Path], public_files: list[Path], options: ProxyOptio
             "public files": [file_identity(path) for path in public_files]}
 
 
-def _make_signer(text_key: str) -> Callable[[Chunk], tuple[Signatures, list[Bad]]]:
-    def sign(chunk: Chunk) -> tuple[Signatures, list[Bad]]:
-        _, texts, bad = chunk.parse(text_key)
-        return signatures(texts), bad
+def _owner_signatures(state: ProxyState, files: list[Path], options: ProxyOptions) -> tuple[int, Counter[str]]:
+    """Keep signatures of all the owner's documents; their number, and how many are unusable, by kind."""
+    from flexolmo_megatron.domain.proxy_steps import SaveSignatures
+    from flexolmo_megatron.shards.documents import ReadDocuments
 
-    return sign
-
-
-def _owner_signatures(state: ProxyState, files: list[Path],
-                      options: ProxyOptions) -> tuple[Signatures, Counter[str]]:
-    """Signatures of all the owner's documents, and how many of them are unusable, by kind."""
     kept = state.arrays("owner")
     if kept is None:
-        found, bad = _sign(files, options)
+        folder = state.folder / "owner"
+        reader = ReadDocuments(files, 1, options.text_key, options.max_bad, progress_folder(folder))
+        run_shards([reader, SaveSignatures(state, reader)], len(files), folder, options.where, "proxy owner")
+        shards = [state.arrays(f"owner_{shard:06d}") for shard in range(len(files))]
+        found = join_signatures(Signatures(shard["exact"], shard["minhash"]) for shard in shards)
+        bad = sum((as_counter(shard) for shard in shards), Counter())
         state.save_arrays("owner", **found._asdict(), **counter_arrays(bad))
-        return found, bad
-    return Signatures(kept["exact"], kept["minhash"]), as_counter(kept)
+        kept = state.arrays("owner")
+    bad = as_counter(kept)
+    _check_bad(bad, options)
+    return len(kept["exact"]), bad
 
 
-def _sign(files: list[Path], options: ProxyOptions) -> tuple[Signatures, Counter[str]]:
-    parts = []
-    skipped = BadDocuments(options.max_bad)
-    with DocumentProgress() as progress:
-        for _, (found, bad) in work(read_chunks(enumerate(files), options.text_key), _make_signer, options.text_key,
-                                    options.workers):
-            parts.append(found)
-            for item in bad:
-                skipped.add(item)
-            progress.add(len(found.exact), 0)
-    return join_signatures(parts), skipped.counts
+def _check_bad(bad: Counter[str], options: ProxyOptions) -> None:
+    """Unusable documents of all shards: each alone may have had few enough."""
+    if bad.total() > options.max_bad:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(bad.items()))
+        raise FlexOlmoError(f"{bad.total()} unusable documents ({kinds}): more than the {options.max_bad} that "
+                            "--max-bad allows")
 
 
 def _sample(files: list[Path], options: ProxyOptions) -> list[str]:
@@ -242,39 +232,21 @@ def _train(state: ProxyState, owner_files: list[Path], public_files: list[Path],
     return quality
 
 
-def _make_scorer(argument: tuple[str, Path, str]) -> Callable[[Chunk], tuple[Scores, list[Bad]]]:
-    name, folder, text_key = argument
-    classifier = load_classifier(name, folder)
+def _score(state: ProxyState, files: list[Path], parts: int, options: ProxyOptions) -> tuple[int, float, Where]:
+    """Score the parts of public files that are not yet; returns documents, seconds and where."""
+    from flexolmo_megatron.domain.proxy_steps import SaveScores, Score
+    from flexolmo_megatron.shards.documents import ReadDocuments
 
-    def score(chunk: Chunk) -> tuple[Scores, list[Bad]]:
-        lines, texts, bad = chunk.parse(text_key)
-        logits = classifier.logits(texts) if texts else np.empty(0, np.float32)
-        sizes = np.array([len(text.encode()) for text in texts], np.int64)
-        return Scores(np.array(lines, np.int64), logits, sizes, Counter(item.kind for item in bad)), bad
-
-    return score
-
-
-def _score(state: ProxyState, files: list[Path], options: ProxyOptions) -> tuple[int, float, int]:
-    """Score the public files that are not yet; returns documents, seconds and processes."""
     # A neural classifier uses the accelerator, or all processors, by itself.
-    workers = options.workers if options.classifier == LINEAR else 1
-    todo = [(file, path) for file, path in enumerate(files) if not state.is_scored(file)]
-    skipped = BadDocuments(options.max_bad)
-    parts: list[Scores] = []
-    argument = options.classifier, state.classifier_folder(), options.text_key
+    where = replace(options.where, workers=options.where.workers if options.classifier == LINEAR else 1)
+    todo = [shard for shard in range(len(files) * parts) if not state.is_scored(shard)]
+    folder = state.folder / "scoring"
+    reader = ReadDocuments(files, parts, options.text_key, options.max_bad, progress_folder(folder))
     start = time.monotonic()
-    with DocumentProgress() as progress:
-        for chunk, (found, bad) in work(read_chunks(todo, options.text_key), _make_scorer, argument, workers):
-            progress.add(len(found.lines), int(found.sizes.sum()))
-            parts.append(found)
-            for item in bad:
-                skipped.add(item)
-            if chunk.last:
-                columns = [np.concatenate(column) for column in zip(*(part[:3] for part in parts), strict=True)]
-                state.save_scores(chunk.file, Scores(*columns, sum((part.bad for part in parts), Counter())))
-                parts = []
-        return progress.documents, time.monotonic() - start, workers
+    run_shards([reader, Score(options.classifier, state.classifier_folder()), SaveScores(state, reader)],
+               len(files) * parts, folder, where, "proxy scoring")
+    seconds = time.monotonic() - start
+    return sum(len(state.shard_scores(shard).lines) for shard in todo), seconds, where
 
 
 def _histogram(logits: np.ndarray) -> list[int]:

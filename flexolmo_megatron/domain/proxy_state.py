@@ -1,6 +1,7 @@
 """What a run of proxy selection has done so far, in a folder of its own, so that the next start goes on with it.
 
-The folder holds the classifier, signatures of the owner's documents, and the scores of every public file that is done.
+The folder holds the classifier, signatures of the owner's documents, and the scores of every part of the public files
+that is done.
 None of it is text, yet the classifier and the signatures derive from the owner's documents: it stays with the owner,
 and goes when the run ends well.
 """
@@ -8,7 +9,6 @@ and goes when the run ends well.
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ _QUALITY = "quality.json"
 
 
 class Scores(NamedTuple):
-    """The usable documents of one public file, in its order."""
+    """The usable documents of one public file, or of a part of it, in its order."""
 
     lines: np.ndarray
     """Line or row of each, int64 `[n]`."""
@@ -64,7 +64,7 @@ class ProxyState:
         Raises:
             FlexOlmoError: the folder is of a run with another plan, or cannot be made.
         """
-        self.folder = out.with_name(f"{out.name}.state")
+        self.folder = out.absolute().with_name(f"{out.name}.state")
         plan = json.loads(json.dumps(plan))
         if (self.folder / _PLAN).exists():
             earlier = read_json(self.folder / _PLAN, "the plan of an earlier start")
@@ -79,11 +79,14 @@ class ProxyState:
             except OSError as error:
                 raise FlexOlmoError(f"cannot make the folder {self.folder}: {error.strerror}") from error
             write_json(self.folder / _PLAN, plan)
-        self.spool = self.folder / "candidates.jsonl"
+
+    def array_file(self, name: str) -> Path:
+        """Where arrays are kept under ``name``."""
+        return self.folder / f"{name}.npz"
 
     def arrays(self, name: str) -> dict[str, np.ndarray] | None:
         """Arrays that an earlier start has kept under ``name``, if any."""
-        path = self.folder / f"{name}.npz"
+        path = self.array_file(name)
         if not path.exists():
             return None
         with np.load(path, allow_pickle=False) as archive:
@@ -91,7 +94,7 @@ class ProxyState:
 
     def save_arrays(self, name: str, **arrays: np.ndarray) -> None:
         """Keep arrays."""
-        with atomic_file(self.folder / f"{name}.npz") as file:
+        with atomic_file(self.array_file(name)) as file:
             np.savez(file, **arrays)
 
     def classifier_folder(self) -> Path:
@@ -109,19 +112,38 @@ class ProxyState:
         """Keep it, as a sign that the classifier is complete."""
         write_json(self.folder / _QUALITY, quality)
 
-    def is_scored(self, file: int) -> bool:
-        """Whether the public file with this number is done."""
-        return (self.folder / f"scores_{file:06d}.npz").exists()
+    def parts(self, wanted: int) -> int:
+        """Into how many parts every public file is divided: what the first start wanted."""
+        kept = self.arrays("parts")
+        if kept is None:
+            self.save_arrays("parts", parts=np.array(wanted))
+            return wanted
+        return int(kept["parts"])
 
-    def save_scores(self, file: int, scores: Scores) -> None:
-        """Keep the scores of a whole public file."""
-        self.save_arrays(f"scores_{file:06d}", lines=scores.lines, logits=scores.logits, sizes=scores.sizes,
+    def is_scored(self, shard: int) -> bool:
+        """Whether the part of a public file with this number is done."""
+        return self.array_file(f"scores_{shard:06d}").exists()
+
+    def save_scores(self, shard: int, scores: Scores) -> None:
+        """Keep the scores of a part of a public file."""
+        self.save_arrays(f"scores_{shard:06d}", lines=scores.lines, logits=scores.logits, sizes=scores.sizes,
                          **counter_arrays(scores.bad))
 
-    def scores(self, files: Sequence[Path]) -> list[Scores]:
+    def shard_scores(self, shard: int) -> Scores:
+        """Scores of a part of a public file, which is done."""
+        kept = self.arrays(f"scores_{shard:06d}")
+        return Scores(kept["lines"], kept["logits"], kept["sizes"], as_counter(kept))
+
+    def scores(self, files: int, parts: int) -> list[Scores]:
         """Scores of all public files, which are all done."""
-        kept = [self.arrays(f"scores_{file:06d}") for file in range(len(files))]
-        return [Scores(one["lines"], one["logits"], one["sizes"], as_counter(one)) for one in kept]
+        found = []
+        for file in range(files):
+            pieces = [self.shard_scores(shard) for shard in range(file * parts, (file + 1) * parts)]
+            columns = [np.concatenate(column) for column in zip(*(piece[:3] for piece in pieces), strict=True)]
+            order = np.argsort(columns[0], kind="stable")
+            bad = sum((piece.bad for piece in pieces), Counter())
+            found.append(Scores(*(column[order] for column in columns), bad))
+        return found
 
     def remove(self) -> None:
         """Remove the folder: the output is complete."""

@@ -1,6 +1,7 @@
-"""Work on the documents of many files in several processes, with the results in the order of the files.
+"""Work in several processes, with the results in order; and pieces of files to work on.
 
-This process reads the files and cuts them into chunks of records; the others parse them and do the costly part.
+``data`` cuts the files into chunks of records in one process, and others parse them and do the costly part. Where the
+work is divided into shards (see ``flexolmo_megatron.shards``), every process reads for itself.
 """
 
 import multiprocessing
@@ -20,10 +21,11 @@ from flexolmo_megatron.training.documents import Bad, parse_record, read_records
 CHUNK_BYTES = 1 << 20
 """Size of the piece of a file that one process works on at a time: large against the cost of handing it over."""
 CHUNK_RECORDS = 4096
-CHUNKS_IN_FLIGHT = 4
-"""Chunks per process that are read ahead, which bounds the memory."""
+IN_FLIGHT = 4
+"""Items per process that are handed out ahead, which bounds the memory."""
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 Records = Iterable[tuple[int, bytes | None]]
 
 
@@ -74,10 +76,10 @@ def read_chunks(files: Iterable[tuple[int, Path]], text_key: str,
         yield Chunk(file, path, records, True)
 
 
-_work: Callable[[Chunk], Any]
+_work: Callable[[Any], Any]
 
 
-def _start_worker(setup: Callable[[Any], Callable[[Chunk], Any]], argument: Any) -> None:
+def _start_worker(setup: Callable[[Any], Callable[[Any], Any]], argument: Any) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent sees to it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
@@ -92,41 +94,39 @@ def _start_worker(setup: Callable[[Any], Callable[[Chunk], Any]], argument: Any)
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
-def _call(chunk: Chunk) -> Any:
-    return _work(chunk)
+def _call(item: Any) -> Any:
+    return _work(item)
 
 
-def work(chunks: Iterable[Chunk], setup: Callable[[T], Callable[[Chunk], Any]], argument: T, workers: int,
-         process: str = "process") -> Iterator[tuple[Chunk, Any]]:
-    """Yield each chunk, without its records, and what the function that ``setup(argument)`` returns makes of it.
+def work(items: Iterable[Item], setup: Callable[[T], Callable[[Item], Any]], argument: T, workers: int,
+         process: str = "process") -> Iterator[Any]:
+    """Yield what the function that ``setup(argument)`` returns makes of each item, in their order.
 
     Args:
-        chunks: see ``read_chunks``.
+        items: chunks of files, say.
         setup: a function of a module; called once in each process.
         argument: for ``setup``; is pickled.
         workers: processes; 1 is this process.
         process: what an error calls one of them.
 
     Raises:
-        FlexOlmoError: a process was killed; and whatever reading and the function raise.
+        FlexOlmoError: a process was killed; and whatever the items and the function raise.
     """
     if workers == 1:
         function = setup(argument)
-        for chunk in chunks:
-            yield chunk._replace(records=[]), function(chunk)
+        for item in items:
+            yield function(item)
         return
     # spawn: a fork of a process that has started threads, as torch does, may deadlock
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (setup, argument))
-    pending: deque[tuple[Chunk, Future[Any]]] = deque()
+    pending: deque[Future[Any]] = deque()
     try:
-        for chunk in chunks:
-            pending.append((chunk._replace(records=[]), pool.submit(_call, chunk)))
-            if len(pending) > workers * CHUNKS_IN_FLIGHT:
-                done, future = pending.popleft()
-                yield done, future.result()
+        for item in items:
+            pending.append(pool.submit(_call, item))
+            if len(pending) > workers * IN_FLIGHT:
+                yield pending.popleft().result()
         while pending:
-            done, future = pending.popleft()
-            yield done, future.result()
+            yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise FlexOlmoError(f"a {process} was killed (out of memory?); --workers {workers} may be too many") from error
     finally:

@@ -163,7 +163,7 @@ def preprocess(inputs: Sequence[str], out: str | Path, *, tokenizer: dict[str, s
                    "tokenizing process")
     with _appear_together(paths) as folder, DocumentProgress() as progress, contextlib.closing(results):
         outputs = [_Output(prefix, folder, loaded) for prefix in prefixes]
-        for _, encoded in results:
+        for encoded in results:
             for item in encoded.bad:
                 bad.add(item)
             ends = np.cumsum(encoded.lengths)

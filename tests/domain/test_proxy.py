@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 from flexolmo_megatron import cli
 from flexolmo_megatron.domain import proxy
-from flexolmo_megatron.domain.proxy_classifier import LinearClassifier, measure, split_documents
+from flexolmo_megatron.domain.proxy_classifier import LinearClassifier, load_classifier, measure, split_documents
 from flexolmo_megatron.errors import FlexOlmoError
 
 MATHS = ["sum", "prime", "integer", "proof", "lemma", "theorem", "vector", "matrix", "field", "group", "ring", "root"]
@@ -128,7 +128,8 @@ def test_neither_processes_nor_a_stop_change_the_result(corpus, monkeypatch, cap
     run(corpus, out="three", status=130)
     assert not (corpus / "three").exists()
     left = sorted(path.name for path in (corpus / "three.state").iterdir())
-    assert left == ["classifier", "owner.npz", "plan.json", "quality.json", "scores_000000.npz"]
+    assert left == ["classifier", "owner", "owner.npz", "owner_000000.npz", "parts.npz", "plan.json", "quality.json",
+                    "scores_000000.npz", "scoring"]
     monkeypatch.setattr(proxy.ProxyState, "save_scores", keep)
 
     monkeypatch.setattr(LinearClassifier, "train", None)
@@ -227,7 +228,7 @@ def test_a_linear_classifier_is_kept_exactly(tmp_path):
     texts, labels = OWNER + UNLIKE, np.repeat([1, 0], [len(OWNER), len(UNLIKE)])
     trained = LinearClassifier.train(texts, labels, seed=2)
     trained.save(tmp_path)
-    logits = proxy.load_classifier("linear", tmp_path).logits(texts)
+    logits = load_classifier("linear", tmp_path).logits(texts)
     np.testing.assert_array_equal(logits, trained.logits(texts))
     np.testing.assert_allclose(logits[::7], [trained.logits([text])[0] for text in texts[::7]], rtol=1e-6)
     assert ((logits > 0) == labels).all()
