@@ -1,0 +1,70 @@
+"""``flexolmo compare``: every method of the comparison, trained, evaluated and in one table."""
+
+import argparse
+
+_EXAMPLE = """\
+example:
+  flexolmo compare examples/compare/small.yaml out=runs/compare public.train=[news.train.jsonl.gz] --dry-run
+
+on several devices (training is data-parallel): torchrun --nproc-per-node N -m flexolmo_megatron.cli compare …
+
+options of CONFIG.yaml and KEY=VALUE:
+
+"""
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "compare", help="train and evaluate FlexOlmo, its baselines and ablations on your text",
+        description="From one YAML file, train for each seed: the public anchor, the owners' experts beside it, "
+                    "merged\nand router-tuned; ablations; dense models of the owners, their soup, BTM, BTX; "
+                    "unrestricted mixtures\nof one and two times the FLOPs. Then measure the bits per byte of every "
+                    "method on held-out text of each\ndomain and on mixed text. OUT/report gets the table "
+                    "(Markdown, CSV, JSON) and pictures. Every step has\na folder in OUT; the same command goes on "
+                    "after a stop, and does what a changed file adds.",
+        epilog=_EXAMPLE + _describe_options(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG.yaml", help="what to compare")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="list all steps, with training tokens and FLOPs, and which are done; write nothing")
+    parser.add_argument("--only", action="append", default=[], metavar="STEP",
+                        help="do this step alone (repeatable), as --dry-run calls it; what it needs must be done")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE",
+                        help="single options, for example steps.owner=300 owner.data.public_share=0.25")
+    parser.set_defaults(run=run)
+
+
+def _describe_options() -> str:
+    from flexolmo_megatron.compare.config import CompareConfig, Texts
+    from flexolmo_megatron.config.describe import describe
+
+    return describe(CompareConfig) + "\n" + describe(Texts, "owners.NAME.")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the verb."""
+    from flexolmo_megatron.compare.config import check_training, load_compare
+    from flexolmo_megatron.runtime.setup import prepare, world_size
+
+    config = load_compare(args.config, args.overrides)
+    prepare()
+    from flexolmo_megatron.commands.console import show
+    from flexolmo_megatron.compare.listing import list_steps
+    from flexolmo_megatron.compare.plan import build_comparison
+    from flexolmo_megatron.compare.report import read_table
+    from flexolmo_megatron.compare.steps import choose, run_steps
+
+    comparison = build_comparison(config)
+    check_training(comparison.runs, world_size())
+    names = choose(comparison.plan, args.only)
+    if args.dry_run:
+        show(list_steps(comparison, names))
+        return
+    from flexolmo_megatron.runtime.setup import initialize
+    from flexolmo_megatron.training.console import say
+
+    initialize(seed=config.seeds[0])
+    run_steps(comparison.plan, names, say)
+    if "report" in names:
+        say(f"\n{read_table(comparison).to_markdown()}")
+        say(f"tables and pictures: {comparison.plan.out / 'report'}")

@@ -1,0 +1,38 @@
+"""The folder ``report``: the table as Markdown, CSV and JSON, and the pictures."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexolmo_megatron.compare.figures import draw
+from flexolmo_megatron.compare.scores import SCORES
+from flexolmo_megatron.compare.table import Table, build_table
+from flexolmo_megatron.files import atomic_file, read_json, write_json
+
+if TYPE_CHECKING:
+    from flexolmo_megatron.compare.plan import Comparison
+
+TABLE = "table"
+"""Name of the files without their suffixes."""
+
+
+def write_report(comparison: "Comparison", folder: Path) -> None:
+    """Write table.md, table.csv, table.json and the pictures into ``folder``.
+
+    Raises:
+        FlexOlmoError: the scores of a seed are missing, or a file cannot be written.
+    """
+    scores = [read_json(comparison.plan.out / step / SCORES, "the scores of a seed")
+              for step in comparison.scores.values()]
+    table = build_table(scores, list(comparison.config.domains))
+    write_json(folder / f"{TABLE}.json", table.to_json())
+    for suffix, text in (("csv", table.to_csv()), ("md", table.to_markdown())):
+        with atomic_file(folder / f"{TABLE}.{suffix}") as file:
+            file.write(text.encode("utf-8"))
+    draw(table, [one["routing"] for one in scores], list(comparison.config.owners), folder)
+
+
+def read_table(comparison: "Comparison") -> Table:
+    """Return the table that is in the folder ``report``."""
+    scores = [read_json(comparison.plan.out / step / SCORES, "the scores of a seed")
+              for step in comparison.scores.values()]
+    return build_table(scores, list(comparison.config.domains))

@@ -1,0 +1,59 @@
+"""Named settings of the owners' runs, and the ablations: options of `flexolmo train expert`, with dotted names."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+PAPER_WARMUP = 2000 * 4_194_304 / 50e9
+"""Share of an owner's run that is warm-up: 2,000 steps of 4 M tokens, of 50 B (arXiv 2507.07024, section 4.1)."""
+
+
+def _paper(steps: int) -> dict[str, Any]:
+    return {
+        "data.public_share": 0.0,
+        "expert.bias": True,
+        "expert.domain_loss_coeff": 0.0,
+        "moe_z_loss_coeff": 1e-3,
+        "optimizer.lr": 9e-4,
+        "optimizer.min_lr": 0.0,
+        "optimizer.router_lr": None,
+        "optimizer.lr_decay_style": "cosine",
+        "optimizer.lr_warmup_iters": int(PAPER_WARMUP * steps),
+        "optimizer.weight_decay": 0.0,
+        "optimizer.adam_beta1": 0.9,
+        "optimizer.adam_beta2": 0.95,
+        "optimizer.clip_grad": 1.0,
+    }
+
+
+def _default(steps: int) -> dict[str, Any]:
+    return {
+        "data.public_share": 0.5,
+        "expert.domain_loss_coeff": 0.025,
+        "moe_z_loss_coeff": 0.0,
+        "optimizer.lr": 1e-3,
+        "optimizer.min_lr": 1e-4,
+    }
+
+
+SETTINGS: Mapping[str, Callable[[int], dict[str, Any]]] = {"default": _default, "paper": _paper}
+"""From the number of steps of an owner's run to its options. default: public documents are replayed, rows learn a
+margin, no z-loss. paper: section 4.1 of arXiv 2507.07024, all of it."""
+
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
+    "no coordination": {"expert.coordination": False, "expert.domain_loss_coeff": 0.0},
+    "no embedding init": {"expert.random_row": True},
+    "no bias": {"expert.bias": False},
+    "no embedding init, no bias": {"expert.random_row": True, "expert.bias": False},
+    "paper": {"setting": "paper"},
+}
+"""What each usual ablation changes; setting replaces the whole setting, and the options of the section owner."""
+
+
+def _router(steps: int) -> dict[str, Any]:
+    return {"optimizer.lr": 2e-3, "optimizer.min_lr": 0.0, "optimizer.lr_warmup_iters": min(100, steps // 10),
+            "leave_one_out": True}
+
+
+ROLE_DEFAULTS: Mapping[str, Callable[[int], dict[str, Any]]] = {"router": _router}
+"""Options of a kind of run that win over those of all runs and yield to its own section. Router tuning: the paper's,
+with as short a warm-up as few steps allow, and rows for each opt-out."""

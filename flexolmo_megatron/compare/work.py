@@ -1,0 +1,135 @@
+"""What the steps of a comparison do, each in its folder: training runs, and `flexolmo` commands within this process.
+
+Everything that a step writes appears whole or not at all; what is there already is left as it is.
+"""
+
+import gc
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flexolmo_megatron.config.train import TrainConfig
+
+Work = Callable[[Path], None]
+
+
+def command(*words: str) -> None:
+    """Run `flexolmo WORDS…` within this process, and show it.
+
+    Raises:
+        FlexOlmoError: what the command raises.
+    """
+    from flexolmo_megatron.cli import build_parser
+
+    print(f"$ flexolmo {shlex.join(words)}", flush=True)
+    args = build_parser().parse_args(words)
+    args.run(args)
+
+
+def tokenize(files: Sequence[str], tokenizer: str, text_key: str) -> Work:
+    """Documents to a Megatron data set ``tokens``."""
+    def work(folder: Path) -> None:
+        if not (folder / "tokens.idx").exists():
+            command("data", *files, "--out", str(folder / "tokens"), "--tokenizer", tokenizer, "--text-key", text_key)
+
+    return work
+
+
+def proxies(owner: Sequence[str], public: Sequence[str], public_data: Path, tokens: int, tokenizer: str,
+            text_key: str) -> Work:
+    """An owner's proxies, at most a fifth of the public data; then as a Megatron data set ``tokens``."""
+    def work(folder: Path) -> None:
+        if not (folder / "proxies").exists():
+            budget = min(tokens, json.loads(public_data.with_suffix(".json").read_text())["tokens"] // 5)
+            command("proxy", *owner, "--public", *public, "--out", str(folder / "proxies"), "--tokens", str(budget),
+                    "--tokenizer", tokenizer, "--text-key", text_key)
+        tokenize([str(folder / "proxies" / "proxies.jsonl")], tokenizer, "text")(folder)
+
+    return work
+
+
+def training(mode: str, config: TrainConfig) -> Work:
+    """A training run in its folder ``run``, by all processes."""
+    def work(folder: Path) -> None:
+        from flexolmo_megatron.training.run import train
+
+        train(mode, config)
+        gc.collect()  # modules and their hooks refer to one another
+
+    return work
+
+
+def publish(run: Path, documents: Sequence[str], text_key: str, embed: Mapping[str, Any]) -> Work:
+    """The public domain vector ``public.npz`` and the published anchor ``model``."""
+    def work(folder: Path) -> None:
+        if not (folder / "model").exists():
+            command("embed", *documents, "--text-key", text_key, "--anchor", str(run), "--out",
+                    str(folder / "public.npz"), "--publish", str(folder / "model"), *as_words(embed))
+
+    return work
+
+
+def vector(anchor: Path, documents: Sequence[str], text_key: str, embed: Mapping[str, Any]) -> Work:
+    """An owner's domain vector ``domain.npz``."""
+    def work(folder: Path) -> None:
+        command("embed", *documents, "--text-key", text_key, "--anchor", str(anchor), "--out",
+                str(folder / "domain.npz"), *as_words(embed))
+
+    return work
+
+
+def as_words(options: Mapping[str, Any]) -> list[str]:
+    """Return options of a command as words of its command line: {max_tokens: 5} becomes --max-tokens 5."""
+    words: list[str] = []
+    for key, value in options.items():
+        if value is not False and value is not None:
+            words += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return words
+
+
+def merge(anchor: Path, experts: Mapping[str, Path], vectors: Mapping[str, Path], coordinated: bool,
+          top_k: int) -> Work:
+    """The owners' packages ``packages/NAME``, and what is merged from them, ``model``.
+
+    Args:
+        anchor: published.
+        experts: by owner, the training run.
+        vectors: by owner, the domain vector.
+        coordinated: the runs are pairs, not dense copies.
+        top_k: active experts of the result.
+    """
+    def work(folder: Path) -> None:
+        (folder / "packages").mkdir(exist_ok=True)
+        for owner, run in experts.items():
+            if not (folder / "packages" / owner).exists():
+                dense = ["--name", owner, "--anchor", str(anchor), "--domain-vector", str(vectors[owner])]
+                command("pack", str(run), str(folder / "packages" / owner), *([] if coordinated else dense))
+        if not (folder / "model").exists():
+            command("merge", "--anchor", str(anchor), *(str(folder / "packages" / owner) for owner in experts),
+                    "--top-k", str(top_k), "--out", str(folder / "model"))
+
+    return work
+
+
+def soup(paths: Sequence[Path]) -> Work:
+    """The average of models, ``model``."""
+    def work(folder: Path) -> None:
+        from flexolmo_megatron.evaluation.methods.soup import write_soup
+
+        if not (folder / "model").exists():
+            write_soup(paths, folder / "model")
+
+    return work
+
+
+def btx(public: Path, dense: Mapping[str, Path], top_k: int, seed: int) -> Work:
+    """BTX before its training, ``model``."""
+    def work(folder: Path) -> None:
+        from flexolmo_megatron.evaluation.methods.btx import write_btx
+
+        if not (folder / "model").exists():
+            write_btx(public, dense, folder / "model", top_k=top_k, seed=seed)
+
+    return work
