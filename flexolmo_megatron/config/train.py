@@ -106,6 +106,10 @@ class ExpertConfig:
     anchor's on the owner's documents, and as far below it on public ones. Needs data.public. The paper has none."""
     domain_margin: float = 4.0
     """Difference of the two logits that this loss asks for. All owners of a merged model should use the same."""
+    routing_noise: float = 0.0
+    """Standard deviation of noise on the owner's logit while training, drawn for each sequence and layer: the expert
+    learns to work with any share of the routing weight, since other owners' experts will take some. The paper has
+    none."""
     ffn_hidden_size: int | None = None
     """Inner width of the expert; by default the anchor's. A narrower one starts from the first of the anchor's inner
     units."""
@@ -217,6 +221,8 @@ class TrainConfig:
             )
         if not 0 < self.expert.domain_margin < math.inf:
             raise FlexOlmoError(f"expert.domain_margin = {self.expert.domain_margin}: expected a number above 0")
+        if not 0 <= self.expert.routing_noise < math.inf:
+            raise FlexOlmoError(f"expert.routing_noise = {self.expert.routing_noise}: expected a number of 0 or more")
 
     def _validate_numbers(self) -> None:
         """Check the range of each number that stands for itself."""

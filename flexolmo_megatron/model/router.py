@@ -99,6 +99,9 @@ class PairRouter(DomainRouter):
     own_B: Tensor | None = None
     """Boolean `[b]`, True for the owner's documents, False for public ones; set for each microbatch of a run with a
     domain loss, else None."""
+    noise_B: Tensor | None = None
+    """fp32 `[b]`, added to the owner's logits while training; set for each microbatch of a run with routing noise, else
+    None."""
 
     def __init__(self, config: FlexOlmoTransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
@@ -128,6 +131,8 @@ class PairRouter(DomainRouter):
         logits = self.apply_z_loss(logits.flatten(0, 1), padding_mask).view_as(logits)
         if self.own_B is not None and self.training and torch.is_grad_enabled():
             logits = self._apply_domain_loss(logits, input)
+        if self.noise_B is not None and self.training:
+            logits = logits + nn.functional.pad(self.noise_B[:, None], (1, 0))
         return logits.softmax(dim=-1)[..., 1:]
 
     def _apply_domain_loss(self, logits: Tensor, input: Tensor) -> Tensor:

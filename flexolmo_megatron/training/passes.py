@@ -1,5 +1,6 @@
 """Global batches through Megatron's schedule: one forward pass, or forward and backward, and the mean loss."""
 
+import hashlib
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 from torch import Tensor
 
 from flexolmo_megatron.config.train import TrainConfig
@@ -24,15 +25,39 @@ def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, 
     return total, tokens.to(torch.int), {"loss": torch.stack([total.detach(), tokens])}
 
 
+def routing_noise(tokens: Tensor, layers: int, seed: int) -> Tensor:
+    """Draw standard normal noise `[b, layers]` for the sequences of tokens `[b, s]`.
+
+    It depends on the seed and the sequence alone, so that it is the same under every layout and after a restart.
+    """
+    draws = []
+    for sequence in tokens.cpu():
+        digest = hashlib.sha256(f"routing noise {seed}".encode() + sequence.numpy().tobytes()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+        draws.append(torch.randn(layers, generator=generator))
+    return torch.stack(draws)
+
+
+def _set_routers(config: TrainConfig, own_prefixes: int, batch: dict[str, Tensor], model: torch.nn.Module) -> None:
+    """Tell the routers of a pair what they need to know of a microbatch beside its tokens."""
+    own, noise = None, None
+    if model.training and config.expert.domain_loss_coeff:
+        own = batch["dataset_id"] < own_prefixes
+    if model.training and config.expert.routing_noise:
+        noise = routing_noise(batch["tokens"], get_model_config(model).num_layers, config.seed).to(local_device())
+    for router in model.modules():
+        if isinstance(router, PairRouter):
+            router.own_B = own
+            router.noise_B = None if noise is None else config.expert.routing_noise * noise[:, router.layer_number - 1]
+
+
 def _forward_step(
-    own_prefixes: int, iterator: Iterator[dict[str, Tensor]], model: DistributedDataParallel
+    config: TrainConfig, own_prefixes: int, iterator: Iterator[dict[str, Tensor]], model: DistributedDataParallel
 ) -> tuple[Tensor, Any]:
-    """One microbatch. Where own_prefixes is above 0, samples of the first so many data sets are the owner's."""
+    """One microbatch. Samples of the first own_prefixes data sets are the owner's."""
     batch = {name: value.to(local_device()) for name, value in next(iterator).items() if value is not None}
-    if own_prefixes:
-        for module in model.modules():
-            if isinstance(module, PairRouter):
-                module.own_B = batch["dataset_id"] < own_prefixes if model.training else None
+    if config.expert.domain_loss_coeff or config.expert.routing_noise:
+        _set_routers(config, own_prefixes, batch, model)
     own = get_batch_on_this_cp_rank({name: batch[name] for name in ("tokens", "position_ids", "labels", "loss_mask")})
     losses = model(own["tokens"], own["position_ids"], None, labels=own["labels"])
     return losses, lambda output: _loss(own["loss_mask"], output)
@@ -46,8 +71,7 @@ class Passes:
         self.data_parallel = parallel_state.get_data_parallel_world_size()
         self.microbatches = config.global_batch_size // (config.micro_batch_size * self.data_parallel)
         self.forward_backward = get_forward_backward_func()
-        own_prefixes = len(parse_blend(config.data.train)[0]) if config.expert.domain_loss_coeff else 0
-        self.forward_step = partial(_forward_step, own_prefixes)
+        self.forward_step = partial(_forward_step, config, len(parse_blend(config.data.train)[0]))
 
     def iterators(self, dataset: Any, consumed_samples: int) -> list[Iterator[dict[str, Tensor]]]:
         """The microbatches of this rank, once for each of its virtual pipeline stages."""

@@ -97,7 +97,8 @@ RUNS = [(kind, name) for kind in ALONE for name in [*ALONE[kind], *CHAINS[kind]]
 
 
 def _command(kind: str, world: Path, name: str, *options: str, steps: int = STEPS) -> list[str]:
-    start = (["expert", f"anchor={world}/anchor", "expert.name=own", "expert.random_row=true"] if kind == "pair"
+    start = (["expert", f"anchor={world}/anchor", "expert.name=own", "expert.random_row=true",
+              "expert.routing_noise=0.5"] if kind == "pair"
              else ["moe", *MOE_SIZES, "model.num_experts=4", "model.top_k=2", "model.router_bias=true",
                    "model.init_method_std=0.1"])
     return ["train", *start, *OPTIONS, f"train_iters={steps}", f"data.train=[{world}/own]",

@@ -99,9 +99,51 @@ def test_the_domain_loss_reaches_the_row_and_the_bias_alone(world):
             ["expert.domain_loss_coeff=1"],
             "expert.domain_loss_coeff = 1.0: expected 0 or more, and data.public where it is above 0",
         ),
+        (["expert.routing_noise=-1"], "expert.routing_noise = -1.0: expected a number of 0 or more"),
         (["expert.domain_margin=0"], "expert.domain_margin = 0.0: expected a number above 0"),
     ],
 )
 def test_bad_input(expert_options, tmp_path, capsys, options, message):
     assert main(expert_options(tmp_path / "run", *options)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_routing_noise_depends_on_seed_sequence_and_layer_alone():
+    from flexolmo_megatron.training.passes import routing_noise
+
+    tokens = torch.arange(400 * 8).view(400, 8)
+    noise = routing_noise(tokens, 6, seed=1)
+    assert torch.equal(routing_noise(tokens[3:5], 6, seed=1), noise[3:5])
+    assert not torch.equal(routing_noise(tokens, 6, seed=2), noise)
+    assert noise.unique().numel() == noise.numel()
+    assert abs(noise.mean().item()) < 0.1 and abs(noise.std().item() - 1) < 0.1
+
+
+def test_routing_noise_moves_the_owners_logit_while_training(world, expert_options, metrics, tmp_path):
+    from flexolmo_megatron.model.router import PairRouter
+    from flexolmo_megatron.training import passes
+
+    seen = []
+    forward = PairRouter.forward
+
+    def recorded(self, input, padding_mask=None):
+        share = forward(self, input, padding_mask)
+        logits = self.gating(input).detach()
+        margin = logits[..., 1] - logits[..., 0]
+        seen.append((self.training, self.layer_number, (share.detach()[..., 0].logit() - margin).mean(0)))
+        return share
+
+    drawn = []
+    draw = passes.routing_noise
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PairRouter, "forward", recorded)
+        patch.setattr(passes, "routing_noise", lambda *args: (drawn.append(draw(*args)), drawn[-1])[1])
+        options = ["expert.routing_noise=3", "train_iters=1", f"data.valid=[{world}/own]", "eval_iters=1"]
+        assert main(expert_options(tmp_path / "run", *options)) == 0
+    training = [(layer, added) for trains, layer, added in seen if trains]
+    layers = drawn[0].shape[1]
+    assert len(training) == len(drawn) * layers
+    for call, (layer, added) in enumerate(training):
+        torch.testing.assert_close(added, 3 * drawn[call // layers][:, layer - 1], atol=1e-4, rtol=1e-4)
+    evaluated = [added for trains, _, added in seen if not trains]
+    assert evaluated and all(added.abs().max() < 1e-5 for added in evaluated)
