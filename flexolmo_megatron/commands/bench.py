@@ -132,7 +132,8 @@ def run_gpu(args: argparse.Namespace) -> None:
         if (value := getattr(args, name)) is not None and value < 1:
             raise FlexOlmoError(f"--{name} {value}: expected 1 or more")
     prepare()
-    from flexolmo_megatron.training.bench_gpu import bench_gpu, choose, render
+    from flexolmo_megatron.training.bench_gpu import bench_gpu, choose
+    from flexolmo_megatron.training.bench_report import render
 
     chip, recipe = choose(args.device, args.recipe)
     result = bench_gpu(chip, recipe, layers=args.layers, rounds=args.rounds, seed=args.seed)

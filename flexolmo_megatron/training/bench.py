@@ -16,37 +16,42 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 
 import psutil
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.moe.router import TopKRouter
 from rich.table import Table
 from torch import Tensor, nn
 from tqdm import trange
 
-from flexolmo_megatron.config.card import PUBLIC, ExpertRecord, ModelCard
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.convert.lazy import LazyModel
 from flexolmo_megatron.convert.model import save_model
 from flexolmo_megatron.inference.pair import couple
-from flexolmo_megatron.model.builder import block_spec, build_model
+from flexolmo_megatron.model.builder import build_model
 from flexolmo_megatron.model.config import transformer_config
 from flexolmo_megatron.model.spec import TorchSpecProvider
-from flexolmo_megatron.model.weights import live_model, load_weights
+from flexolmo_megatron.model.weights import load_weights
 from flexolmo_megatron.runtime.setup import initialize, local_device
+from flexolmo_megatron.training.bench_steps import (
+    Z_LOSS,
+    halves,
+    megatron_step,
+    random_batch,
+    stock_spec,
+    synchronize,
+    train_ffns_but_mask_anchor,
+)
 from flexolmo_megatron.training.freezing import freeze_anchor
 from flexolmo_megatron.training.memory import memory_report
 from flexolmo_megatron.training.optimization import build_optimizer
-
-Z_LOSS = 1e-3
-"""Coefficient of the router's z-loss in every benchmark."""
 
 
 @dataclass
@@ -99,11 +104,6 @@ class _PeakMemory:
             self._thread.join()
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def _megatron(
     name: str,
     model: GPTModel,
@@ -119,64 +119,11 @@ def _megatron(
         for group in optimizer.param_groups:
             group["fused"] = None  # as torch, and so Megatron, has it by default
 
-    def step() -> float:
-        wrapped.zero_grad_buffer()
-        optimizer.zero_grad()
-        loss = wrapped(batch["tokens"], batch["positions"], None, labels=batch["labels"]).mean()
-        loss.backward()
-        finalize_model_grads([wrapped])
-        mask()
-        optimizer.step()
-        return loss.item()
-
     def state_bytes() -> tuple[int, int, int]:
         report = memory_report([wrapped], optimizer)
         return report.weight_bytes, report.gradient_bytes, report.optimizer_bytes
 
-    return Contestant(name, step, state_bytes)
-
-
-def random_batch(model: ModelConfig, sequences: int, length: int) -> dict[str, Tensor]:
-    """Random tokens of a step, with their labels and positions, each `[sequences, length]` on this process's device."""
-    tokens = torch.randint(model.vocab_size, (sequences, length + 1), device=local_device())
-    return {
-        "tokens": tokens[:, :-1].contiguous(),
-        "labels": tokens[:, 1:].contiguous(),
-        "positions": torch.arange(length, device=local_device()).expand(sequences, length),
-    }
-
-
-def halves(pair: GPTModel, model: ModelConfig) -> tuple[LazyModel, LazyModel]:
-    """Views of a live pair of that architecture: the published anchor, and the owner's part."""
-    one = ModelCard("moe", replace(model, num_experts=1, top_k=1), [ExpertRecord(PUBLIC)])
-    own = ModelCard("pair", model, [ExpertRecord(PUBLIC), ExpertRecord("owner")])
-    return live_model(pair, one), live_model(pair, own)
-
-
-def train_ffns_but_mask_anchor(mixture: GPTModel) -> Callable[[], None]:
-    """Prepare a stock mixture of two for an owner's run as the research code does it (arXiv 2507.07024).
-
-    Experts and routers train, all else is frozen.
-
-    Returns:
-        What is to be called between the backward pass and the optimizer: it sets the anchor's gradients to zero.
-    """
-    anchors, routers = [], []
-    for name, parameter in mixture.named_parameters():
-        parameter.requires_grad_(".mlp." in name)
-        if ".local_experts.0." in name or name.endswith(("linear_fc1.weight0", "linear_fc2.weight0")):
-            anchors.append(parameter)
-        elif name.endswith("router.weight"):
-            routers.append(parameter)
-    assert len(anchors) == 2 * len(routers) == 2 * mixture.config.num_layers
-
-    def mask() -> None:
-        for parameter in anchors:
-            parameter.main_grad.zero_()
-        for parameter in routers:
-            parameter.main_grad[0].zero_()
-
-    return mask
+    return Contestant(name, partial(megatron_step, wrapped, optimizer, batch, mask), state_bytes)
 
 
 def _pair_and_weights(model: ModelConfig) -> tuple[GPTModel, LazyModel]:
@@ -201,11 +148,7 @@ def _stock(
     """Megatron's mixture; ``ours_around`` says whether attention and optimizer are as in our run."""
     megatron_config = transformer_config(model, "moe", moe_z_loss_coeff=Z_LOSS)
     backend = None if ours_around or HAVE_TE else _StockAttention()
-    spec = block_spec(
-        "moe", megatron_config, backend
-    )  # MoELayer and experts are Megatron's already; the router is made so
-    spec.layer_specs[0].submodules.mlp.submodules.router = TopKRouter  # one spec object for all layers
-    mixture = build_model(model, "moe", megatron_config, spec=spec).to(local_device())
+    mixture = build_model(model, "moe", megatron_config, spec=stock_spec(megatron_config, backend)).to(local_device())
     load_weights(mixture, weights)
     mask = train_ffns_but_mask_anchor(mixture)
     return _megatron(name, mixture, config, batch, mask, fused_adamw=ours_around)
@@ -285,10 +228,10 @@ def bench_pair_step(model: ModelConfig, sequences: int, length: int, rounds: int
     for _ in trange(rounds, unit="round", disable=None):
         for contestant in contestants:
             with _PeakMemory() as peak:
-                _synchronize()
+                synchronize()
                 began = time.perf_counter()
                 contestant.step()
-                _synchronize()
+                synchronize()
                 contestant.seconds.append(time.perf_counter() - began)
             contestant.peak_bytes = max(contestant.peak_bytes, peak.bytes)
     return contestants

@@ -29,7 +29,7 @@ from flexolmo_megatron.model.fp8 import fp8_settings
 from flexolmo_megatron.model.spec import TorchSpecProvider, engine_is_default
 from flexolmo_megatron.model.weights import live_model, load_anchor, load_weights
 from flexolmo_megatron.runtime.setup import local_device
-from flexolmo_megatron.training.bench import halves, random_batch
+from flexolmo_megatron.training.bench_steps import halves, random_batch
 from flexolmo_megatron.training.freezing import freeze_anchor
 
 _SPREAD = 0.7355 / math.sqrt(3)

@@ -15,10 +15,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from flexolmo_megatron.config.layout import ModelKind
@@ -31,7 +29,14 @@ from flexolmo_megatron.model.engine import engine_settings
 from flexolmo_megatron.model.fp8 import RECIPES
 from flexolmo_megatron.model.spec import engine_is_default
 from flexolmo_megatron.runtime.setup import local_device
-from flexolmo_megatron.training.bench import Z_LOSS, random_batch, train_ffns_but_mask_anchor
+from flexolmo_megatron.training.bench_steps import (
+    Z_LOSS,
+    megatron_step,
+    random_batch,
+    stock_spec,
+    synchronize,
+    train_ffns_but_mask_anchor,
+)
 from flexolmo_megatron.training.flops import Product, mixture_products, pair_flops, pair_products, total
 from flexolmo_megatron.training.freezing import freeze_anchor
 from flexolmo_megatron.training.gemms import count_gemms
@@ -93,7 +98,6 @@ def dtype_label() -> str:
 
 def timed(work: Callable[[], object], rounds: int) -> float:
     """Median of seconds that ``work`` takes, after it has run ``WARM`` times."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for _ in range(WARM):
         work()
     seconds = []
@@ -117,13 +121,11 @@ def _peak() -> int | None:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
-def _build(model: ModelConfig, kind: ModelKind, recipe: str | None, router: type | None = None) -> GPTModel:
+def _build(model: ModelConfig, kind: ModelKind, recipe: str | None, stock: bool = False) -> GPTModel:
     settings = engine_settings(kind, recipe) if engine_is_default() else {}
     loss = {} if kind == "dense" else {"moe_z_loss_coeff": Z_LOSS}
     config = transformer_config(model, kind, dtype=compute_dtype(), **loss, **settings)
-    spec = block_spec(kind, config)
-    if router is not None:
-        spec.layer_specs[0].submodules.mlp.submodules.router = router  # one spec object for all layers
+    spec = stock_spec(config) if stock else block_spec(kind, config)
     return build_model(model, kind, config, spec=spec).to(local_device())
 
 
@@ -178,20 +180,7 @@ def _trainer(model: GPTModel, recipe: str | None, batch: dict[str, Tensor], mask
     """A training step of a model wrapped as in a run; ``mask`` runs between the backward pass and the optimizer."""
     config = TrainConfig(out="", bf16=compute_dtype() is torch.bfloat16, fp8=Fp8Config(recipe))
     [chunk] = wrap(config, [model])
-    optimizer = build_optimizer(config, [chunk])
-
-    def step() -> float:
-        chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        chunk.set_is_first_microbatch()
-        loss = chunk(batch["tokens"], batch["positions"], None, labels=batch["labels"]).mean()
-        loss.backward()
-        finalize_model_grads([chunk])
-        mask()
-        optimizer.step()
-        return loss.item()
-
-    return step
+    return partial(megatron_step, chunk, build_optimizer(config, [chunk]), batch, mask)
 
 
 def _ours(model: ModelConfig, recipe: str | None, batch: dict[str, Tensor]) -> Callable[[], float]:
@@ -201,7 +190,7 @@ def _ours(model: ModelConfig, recipe: str | None, batch: dict[str, Tensor]) -> C
 
 
 def _stock(model: ModelConfig, recipe: str | None, batch: dict[str, Tensor]) -> Callable[[], float]:
-    mixture = _build(model, "moe", recipe, TopKRouter)
+    mixture = _build(model, "moe", recipe, stock=True)
     mask = train_ffns_but_mask_anchor(mixture)
     return _trainer(mixture, recipe, batch, mask)
 
@@ -257,13 +246,13 @@ def measure_layer(model: ModelConfig, sequences: int, recipe: str | None, rounds
     shape = (model.max_position_embeddings, sequences, model.hidden_size)
     tokens = shape[0] * shape[1]
     dtype = dtype_label()
-    plan = [(f"ours, {dtype}", None, None), (f"stock, {dtype}", TopKRouter, None)]
+    plan = [(f"ours, {dtype}", False, None), (f"stock, {dtype}", True, None)]
     if recipe is not None:
-        plan.append((f"ours, FP8 {recipe}", None, recipe))
+        plan.append((f"ours, FP8 {recipe}", False, recipe))
     speeds = []
-    for what, router, used in plan:
+    for what, stock, used in plan:
         _forget_peak()
-        built = _build(model, "moe", used, router)
+        built = _build(model, "moe", used, stock)
         layer = built.decoder.layers[0].mlp
         hidden = torch.randn(shape, device=local_device(), dtype=compute_dtype(), requires_grad=True)
         gradient = torch.randn_like(hidden)

@@ -76,7 +76,7 @@ def result():
 def test_on_the_cpu_nothing_is_said_about_a_gpu(result, capsys):
     from rich.console import Console
 
-    from flexolmo_megatron.training.bench_gpu import render
+    from flexolmo_megatron.training.bench_report import render
 
     found = json.loads(json.dumps(result.as_json()))
     assert found["device"] == "cpu" and found["fp8_recipe"] is None and found["passed"] is True
