@@ -12,6 +12,7 @@ def _paper(steps: int) -> dict[str, Any]:
         "data.public_share": 0.0,
         "expert.bias": True,
         "expert.domain_loss_coeff": 0.0,
+        "expert.routing_noise": 0.0,
         "moe_z_loss_coeff": 1e-3,
         "optimizer.lr": 9e-4,
         "optimizer.min_lr": 0.0,
@@ -29,18 +30,20 @@ def _default(steps: int) -> dict[str, Any]:
     return {
         "data.public_share": 0.5,
         "expert.domain_loss_coeff": 0.025,
+        "expert.routing_noise": 2.0,
         "moe_z_loss_coeff": 0.0,
-        "optimizer.lr": 1e-3,
-        "optimizer.min_lr": 1e-4,
+        "optimizer.lr": 3e-3,
+        "optimizer.min_lr": 3e-4,
+        "optimizer.router_lr": 1e-3,
     }
 
 
 SETTINGS: Mapping[str, Callable[[int], dict[str, Any]]] = {"default": _default, "paper": _paper}
 """From the number of steps of an owner's run to its options. default: public documents are replayed, rows learn a
-margin, no z-loss. paper: section 4.1 of arXiv 2507.07024, all of it."""
+margin, experts learn beside noise on it, no z-loss. paper: section 4.1 of arXiv 2507.07024, all of it."""
 
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
-    "no coordination": {"expert.coordination": False, "expert.domain_loss_coeff": 0.0},
+    "no coordination": {"expert.coordination": False, "expert.domain_loss_coeff": 0.0, "expert.routing_noise": 0.0},
     "no embedding init": {"expert.random_row": True},
     "no bias": {"expert.bias": False},
     "no embedding init, no bias": {"expert.random_row": True, "expert.bias": False},
