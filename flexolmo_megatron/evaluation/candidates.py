@@ -76,8 +76,8 @@ def parse_candidate(text: str) -> Candidate:
     return Candidate(name, Path(path), only=tuple(experts))
 
 
-def parse_domains(texts: Sequence[str]) -> dict[str, list[str]]:
-    """Read ``NAME=FILES`` items, FILES being a path or a pattern; a name that comes again adds files.
+def parse_domains(texts: Sequence[str], option: str = "--domain") -> dict[str, list[str]]:
+    """Read ``NAME=FILES`` items of an option, FILES being a path or a pattern; a name that comes again adds files.
 
     Raises:
         FlexOlmoError: an item has another form.
@@ -86,6 +86,6 @@ def parse_domains(texts: Sequence[str]) -> dict[str, list[str]]:
     for text in texts:
         name, equals, files = text.partition("=")
         if not equals or not name.strip() or not files:
-            raise FlexOlmoError(f"--domain {text!r}: expected NAME=FILES, FILES being a path or a quoted pattern")
+            raise FlexOlmoError(f"{option} {text!r}: expected NAME=FILES, FILES being a path or a quoted pattern")
         domains.setdefault(name.strip(), []).append(files)
     return domains
