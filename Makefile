@@ -3,12 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Frameworks whose pins conflict with those of .venv: each has an environment .venv-NAME of its own, requirements-NAME.txt,
+# and packages that are installed without what they ask for.
+FRAMEWORKS := nemo
+ALONE_nemo := nemo_toolkit==2.7.3 megatron-core==0.16.1
+
 .PHONY: quickstart test lint clean
 
 quickstart: $(VENV)
 	$(BIN)/python examples/quickstart/run.py runs/quickstart
 
+# Tests of a framework that cannot be installed here are skipped, and say so.
 test: $(VENV)
+	-$(MAKE) --keep-going $(FRAMEWORKS:%=.venv-%/.installed)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest tests
 
@@ -25,5 +32,13 @@ $(VENV)/.installed: setup.py requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
+.venv-%/.installed: setup.py requirements-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade pip
+	.venv-$*/bin/python -m pip install --quiet --requirement requirements-$*.txt
+	.venv-$*/bin/python -m pip install --quiet --no-deps $(ALONE_$*)
+	.venv-$*/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(FRAMEWORKS:%=.venv-%) build *.egg-info

@@ -10,6 +10,7 @@ setup(
     packages=find_packages(include=["flexolmo_megatron", "flexolmo_megatron.*"]),
     package_data={
         "flexolmo_megatron.config": ["presets/*.yaml"],
+        "flexolmo_megatron.evaluation.suites": ["*.yaml"],
         "flexolmo_megatron.launch": ["templates/*"],
         "flexolmo_megatron.mix": ["recipes/*.yaml"],
     },
@@ -25,6 +26,7 @@ setup(
         "pyarrow>=15",
         "scikit-learn>=1.5,<2",  # these two for flexolmo proxy
         "datasketch>=2,<3",
+        "rapidfuzz>=3.9,<4",  # flexolmo audit
         "tqdm>=4.66",
         "rich>=13",
         "matplotlib>=3.8",
@@ -38,10 +40,14 @@ setup(
             "fasteners>=0.19,<1", "fasttext-numpy2-wheel>=0.9.2,<0.10",
         ],
         "embed": ["sentence-transformers>=3", "transformers>=4.57,<6"],
+        "tasks": ["lm-eval>=0.4.13,<0.4.14"],
         "te": ["transformer-engine[pytorch]>=2.11,<3"],
-        "nemo": ["nemo_toolkit==2.7.3", "transformers~=4.57.0"],
+        "nemo": ["nemo_toolkit==2.7.3", "transformers~=4.57.0"],  # as requirements-nemo.txt says, not by pip's resolver
         "bridge": ["megatron-bridge==0.3.1", "transformers~=4.57.0"],
         "dev": ["transformers>=4.57,<6", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.17,<0.18", "zstandard>=0.23"],
     },
-    entry_points={"console_scripts": ["flexolmo=flexolmo_megatron.cli:main"]},
+    entry_points={
+        "console_scripts": ["flexolmo=flexolmo_megatron.cli:main"],
+        "nemo_run.cli": ["flexolmo=flexolmo_megatron.integrations.nemo"],
+    },
 )
