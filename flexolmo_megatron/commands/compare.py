@@ -1,6 +1,12 @@
 """``flexolmo compare``: every method of the comparison, trained, evaluated and in one table."""
 
 import argparse
+from typing import TYPE_CHECKING
+
+from flexolmo_megatron.errors import FlexOlmoError
+
+if TYPE_CHECKING:
+    from flexolmo_megatron.compare.plan import Comparison
 
 _EXAMPLE = """\
 example:
@@ -29,6 +35,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
                         help="list all steps, with training tokens and FLOPs, and which are done; write nothing")
     parser.add_argument("--only", action="append", default=[], metavar="STEP",
                         help="do this step alone (repeatable), as --dry-run calls it; what it needs must be done")
+    parser.add_argument("--slurm", action="store_true",
+                        help="do the steps in jobs of a Slurm cluster, an array for all that do not need each other; "
+                             "the section slurm says what a task asks for. With --dry-run, print the scripts")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE",
                         help="single options, for example steps.owner=300 owner.data.public_share=0.25")
     parser.set_defaults(run=run)
@@ -55,8 +64,12 @@ def run(args: argparse.Namespace) -> None:
     from flexolmo_megatron.compare.steps import choose, run_steps
 
     comparison = build_comparison(config)
-    check_training(comparison.runs, world_size())
+    check_training(comparison.runs, config.slurm.nodes * config.slurm.processes_per_node if args.slurm else
+                   world_size())
     names = choose(comparison.plan, args.only)
+    if args.slurm:
+        _submit(comparison, args)
+        return
     if args.dry_run:
         show(list_steps(comparison, names))
         return
@@ -68,3 +81,21 @@ def run(args: argparse.Namespace) -> None:
     if "report" in names:
         say(f"\n{read_table(comparison).to_markdown()}")
         say(f"tables and pictures: {comparison.plan.out / 'report'}")
+
+
+def _submit(comparison: "Comparison", args: argparse.Namespace) -> None:
+    from flexolmo_megatron.compare.slurm import plan_arrays
+    from flexolmo_megatron.launch.slurm import require_sbatch, show, submit
+
+    if args.only:
+        raise FlexOlmoError("--slurm and --only: expected one of them, the jobs do single steps themselves")
+    jobs, out = plan_arrays(comparison), comparison.config.out
+    if not jobs:
+        print(f"{out}: everything is there already")
+    elif args.dry_run:
+        print(show(comparison.config, jobs), end="")
+    else:
+        require_sbatch()
+        for stage, number in submit(comparison.config, jobs).items():
+            print(f"{stage}: job {number}, {out}/slurm/{stage}.sbatch")
+        print(f"what happens is in {out}/launch.log")

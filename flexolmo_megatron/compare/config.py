@@ -14,6 +14,7 @@ from flexolmo_megatron.config.load import load_config
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import ParallelConfig, RouterTrainConfig, TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError, nearest
+from flexolmo_megatron.launch.config import SlurmConfig
 
 ROLES = {"public": "anchor", "owner": "expert", "dense": "dense", "btx": "moe", "unrestricted": "moe",
          "router": "router"}
@@ -123,6 +124,8 @@ class CompareConfig:
     data."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    """With --slurm: what each task of the arrays asks for."""
 
     @property
     def domains(self) -> dict[str, Texts]:
@@ -182,7 +185,7 @@ def training_config(config: CompareConfig, role: str, given: Mapping[str, Any],
     usual = ROLE_DEFAULTS[role](steps) if role in ROLE_DEFAULTS else {}
     merged = {"out": ".", "data.train": [], **flatten(config.train), **usual, **own, **given}
     if merged.get("data.public_share"):
-        merged["data.public"] = merged.pop("public_data")
+        merged["data.public"] = merged.get("public_data", [])
     merged.pop("public_data", None)
     overrides = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in merged.items()]
     try:

@@ -104,11 +104,16 @@ def job_slurm(config: LaunchConfig, stage: str) -> SlurmConfig:
         slurm = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), own))
     except OmegaConfBaseException as error:
         raise FlexOlmoError(f"{stage}.slurm.{reason('', error)}") from None
-    _check_slurm(slurm, stage)
+    check_slurm(slurm, stage)
     return slurm
 
 
-def _check_slurm(slurm: SlurmConfig, stage: str) -> None:
+def check_slurm(slurm: SlurmConfig, stage: str) -> None:
+    """Check what a job asks for.
+
+    Raises:
+        FlexOlmoError: an impossible value, which the message names, with ``stage``.
+    """
     for name, least in (("nodes", 1), ("gpus_per_node", 0), ("tasks_per_node", 1), ("cpus_per_task", 1),
                         ("warn_seconds", 1), ("requeues", 0)):
         value = getattr(slurm, name)

@@ -119,10 +119,23 @@ def _training(preset: str | None, configs: list[str], options: list[str]) -> str
 
 
 def _render(stage: str, config: LaunchConfig, log: str, **values: str) -> str:
-    slurm = job_slurm(config, stage)
-    text = _BatchFile(template(f"{stage}.sbatch")).substitute(
-        sbatch="\n".join(f"#SBATCH {line}" for line in _sbatch_lines(stage, config, slurm, log)),
-        setup="\n".join(slurm.setup), out=shlex.quote(config.out), python=slurm.python, requeues=slurm.requeues,
+    return render_script(stage, stage, config.out, job_slurm(config, stage), log, **values)
+
+
+def render_script(name: str, stage: str, out: str, slurm: SlurmConfig, log: str, **values: str) -> str:
+    """The batch file of one job.
+
+    Args:
+        name: of the template.
+        stage: of the launch, for the job's name.
+        out: folder of the launch.
+        slurm: what the job asks for.
+        log: of the job, below ``out``.
+        values: what else goes into the template.
+    """
+    text = _BatchFile(template(f"{name}.sbatch")).substitute(
+        sbatch="\n".join(f"#SBATCH {line}" for line in _sbatch_lines(stage, out, slurm, log)),
+        setup="\n".join(slurm.setup), out=shlex.quote(out), python=slurm.python, requeues=slurm.requeues,
         warn_seconds=slurm.warn_seconds, srun_options=shlex.join(_options(slurm.srun_options)), **values)
     lines = [line.rstrip() for line in text.splitlines()]
     # Where nothing was filled in, one empty line is enough.
@@ -130,12 +143,12 @@ def _render(stage: str, config: LaunchConfig, log: str, **values: str) -> str:
     return "\n".join(kept) + "\n"
 
 
-def _sbatch_lines(stage: str, config: LaunchConfig, slurm: SlurmConfig, log: str) -> list[str]:
+def _sbatch_lines(stage: str, out: str, slurm: SlurmConfig, log: str) -> list[str]:
     options: dict[str, Any] = {
-        "job-name": f"{Path(config.out).name}-{stage}", "account": slurm.account, "partition": slurm.partition,
+        "job-name": f"{Path(out).name}-{stage}", "account": slurm.account, "partition": slurm.partition,
         "qos": slurm.qos, "time": slurm.time, "nodes": slurm.nodes,
         "ntasks-per-node": slurm.processes_per_node, "cpus-per-task": slurm.cpus_per_task,
-        "gpus-per-node": slurm.gpus_per_node or None, "output": f"{config.out}/{log}", "open-mode": "append",
+        "gpus-per-node": slurm.gpus_per_node or None, "output": f"{out}/{log}", "open-mode": "append",
     }
     given = {name: value for name, value in options.items() if value is not None}
     # Not to the batch shell, which has nothing to do but to wait for the processes that hear it.

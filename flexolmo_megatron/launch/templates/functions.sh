@@ -174,7 +174,7 @@ train() {
     # if they are not about to end too, they wait for it in vain.
     srun --wait=60 --output="$logs/train.rank_%t.log" "${srun_options[@]}" \
         bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank \
-        "${python[@]}" -m flexolmo_megatron.train "$@"
+        "${python[@]}" -m "${module:-flexolmo_megatron.train}" "$@"
     status=$?
     last=$(newest)
     if [ "$last" != "$first" ]; then
