@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     from flexolmo_megatron.runtime.setup import initialize
     from flexolmo_megatron.training.console import say
 
-    initialize(seed=config.seeds[0])
+    initialize(seed=config.seeds[0], timeout_minutes=24 * 60)  # the others wait while rank 0 evaluates
     run_steps(comparison.plan, names, say)
     if "report" in names:
         say(f"\n{read_table(comparison).to_markdown()}")

@@ -5,16 +5,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 from flexolmo_megatron.compare.settings import ABLATIONS, ROLE_DEFAULTS, SETTINGS
 from flexolmo_megatron.config.card import check_expert_name
 from flexolmo_megatron.config.layout import data_parallel_size
-from flexolmo_megatron.config.load import load_config
+from flexolmo_megatron.config.load import load_config, parse_override, read_yaml
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import ParallelConfig, RouterTrainConfig, TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError, nearest
 from flexolmo_megatron.launch.config import SlurmConfig
+from flexolmo_megatron.launch.load import reject_unknown
 
 ROLES = {"public": "anchor", "owner": "expert", "dense": "dense", "btx": "moe", "unrestricted": "moe",
          "router": "router"}
@@ -201,6 +202,9 @@ def load_compare(path: str, overrides: Sequence[str] = ()) -> CompareConfig:
         FlexOlmoError: an unknown key (the nearest valid one is offered), a value of a wrong type, a missing or
             impossible one.
     """
+    for values, where in ((read_yaml(path, "the YAML file of a comparison"), path),
+                          *((parse_override(CompareConfig, override), "the command line") for override in overrides)):
+        reject_unknown(CompareConfig, OmegaConf.to_container(values), where, "")
     config = load_config(CompareConfig, paths=[path], overrides=overrides)
     _check(config)
     return config

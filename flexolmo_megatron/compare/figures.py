@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flexolmo_megatron.compare.scores import ROUTED
-from flexolmo_megatron.compare.table import AVERAGE, Table
+from flexolmo_megatron.compare.table import AVERAGE, MERGED, Table
 from flexolmo_megatron.evaluation.plots import plot_opt_out, plot_routing_share, saved_figure
 from flexolmo_megatron.evaluation.routing import RoutingShare
 
@@ -26,7 +25,7 @@ def draw(table: Table, routing: Sequence[Mapping[str, Any]], owners: Sequence[st
               for method in routing[0]}
     if shares:
         plot_routing_share(shares, folder / "routing_share.png")
-    for method in ROUTED:
+    for method in MERGED:
         if table.row(method) is None:
             continue
         suffix = method.removeprefix("FlexOlmo").strip()

@@ -39,7 +39,7 @@ class Comparison:
     tokens: dict[str, int] = field(default_factory=dict)
     """Of one training run of each kind (``evaluation.methods.RUNS``)."""
     flops: dict[str, int] = field(default_factory=dict)
-    """The same, and "dense" for an owner's dense run."""
+    """The same; "dense" for an owner's dense run, and an ablation's name for an owner's run of it."""
     runs: dict[str, TrainConfig] = field(default_factory=dict)
     """By step, the configuration of its training run."""
     scores: dict[int, str] = field(default_factory=dict)
@@ -50,14 +50,15 @@ class Comparison:
         """Families of methods that are wanted."""
         return [family for family in FAMILIES if not self.config.methods or family in self.config.methods]
 
-    def flops_of(self, method: Method) -> int:
-        """Return the training FLOPs behind a method."""
+    def budget_of(self, method: Method) -> tuple[int, int]:
+        """Return the training tokens and FLOPs behind a method."""
         owners = "owner"
         if method.family in DENSE_FAMILIES:
             owners = "dense"
         elif method.family == "ablations":
             owners = next(name for name in self.flops if method.name == f"FlexOlmo, {name}")
-        return sum(count * self.flops[owners if kind == "owner" else kind] for kind, count in method.runs.items())
+        flops = sum(count * self.flops[owners if kind == "owner" else kind] for kind, count in method.runs.items())
+        return method.training_tokens({**self.tokens, "owner": self.tokens.get(owners, 0)}), flops
 
 
 def build_comparison(config: CompareConfig) -> Comparison:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flexolmo_megatron.compare.table import MERGED
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.domain.sample import reservoir_sample
 from flexolmo_megatron.evaluation.methods import Method, Models, Settings, Store, TextSet, Variant, build_methods
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 SCORES = "scores.json"
 MIXED = "mixed"
 """Name of the texts of several domains."""
-ROUTED = ("FlexOlmo", "FlexOlmo tuned")
-"""Methods whose routing shares are kept."""
 
 
 def held_out(config: "CompareConfig") -> list[TextSet]:
@@ -66,7 +65,7 @@ def group(method: Method) -> str:
     """Which of the report's tables a method belongs to."""
     if method.family == "ablations":
         return "ablations"
-    if method.name.startswith("pair ") or method.family != "flexolmo" or method.name in ROUTED:
+    if method.name.startswith("pair ") or method.family != "flexolmo" or method.name in MERGED:
         return "methods"
     return "opt-outs" if any(variant.without for variant in method.variants) else "active experts"
 
@@ -81,7 +80,9 @@ def score(comparison: "Comparison", seed: int, folder: Path) -> None:
     first = next((number for number, method in enumerate(methods) if method.family == "flexolmo"), len(methods))
     methods[first:first] = pairs(models)
     store = Store(folder / "log_probs", batch_tokens=config.evaluation.batch_tokens)
-    store.fill(methods, sets)
+    for number, method in enumerate(methods, 1):  # method by method, for a line on each
+        print(f"  {number}/{len(methods)} {method.name}", flush=True)
+        store.fill([method], sets)
     rows, routing = [], {}
     for method in methods:
         scores = {texts.name: method.evaluate(store, texts) for texts in sets}
@@ -89,7 +90,7 @@ def score(comparison: "Comparison", seed: int, folder: Path) -> None:
               flush=True)
         rows.append(_row(comparison, method, {name: {**asdict(value), "bits_per_byte": value.bits_per_byte}
                                               for name, value in scores.items()}))
-        if method.name in ROUTED:
+        if method.name in MERGED:  # their routing shares are kept
             routing[method.name] = {texts.name: asdict(store.routing(method.variants[0], texts)) for texts in sets}
     store.models([])
     write_json(folder / SCORES, {"seed": seed, "methods": rows, "routing": routing})
@@ -98,5 +99,6 @@ def score(comparison: "Comparison", seed: int, folder: Path) -> None:
 def _row(comparison: "Comparison", method: Method, scores: Mapping[str, Any]) -> dict[str, Any]:
     about = {key: getattr(method, key) for key in ("name", "family", "definition", "source", "sees", "inference",
                                                    "training")}
-    return {**about, "group": group(method), "training_tokens": method.training_tokens(comparison.tokens),
-            "training_flops": comparison.flops_of(method), "scores": dict(scores)}
+    tokens, flops = comparison.budget_of(method)
+    return {**about, "group": group(method), "training_tokens": tokens, "training_flops": flops,
+            "scores": dict(scores)}

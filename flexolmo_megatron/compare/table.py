@@ -5,6 +5,7 @@ Lower is better throughout: bits per byte. The spread is the sample standard dev
 
 import csv
 import io
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 from flexolmo_megatron.errors import FlexOlmoError
 
 AVERAGE = "average"
+MERGED = ("FlexOlmo", "FlexOlmo tuned")
 GROUPS = {"methods": "Methods", "ablations": "Ablations", "active experts": "Active experts", "opt-outs": "Opt-outs"}
 
 
@@ -55,6 +57,15 @@ class Table:
         fair = [row for row in rows if row.about["sees"] == "causal"] or rows
         return min(fair, key=lambda row: row.mean(column)).name
 
+    def best_single(self, column: str) -> str | None:
+        """The best of the public model, dense models and pairs in a column; None where there are none."""
+        rows = [row for row in self.rows if re.fullmatch(r"public|(dense|pair) .*", row.name)]
+        return min(rows, key=lambda row: row.mean(column)).name if rows else None
+
+    def change(self, row: Row, column: str) -> float:
+        """Difference of a method from the best single model, in % of it; below zero for fewer bits."""
+        return 100 * (row.mean(column) / self.row(self.best_single(column)).mean(column) - 1)
+
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON values."""
         return {"seeds": self.seeds, "columns": self.columns, "methods": [
@@ -85,6 +96,14 @@ class Table:
                          "|---|" + "---:|" * (len(self.columns) + 2)]
                 lines += [_line(self.cells(row, "**")) for row in rows]
                 parts.append(f"## {title}\n\n" + "\n".join(lines))
+        merged = [row for name in MERGED if (row := self.row(name))]
+        if merged and self.best_single(AVERAGE):
+            lines = [_line(["method", *self.columns]), "|---|" + "---:|" * len(self.columns)]
+            lines += [_line([row.name, *(f"{self.change(row, column):+.1f} %" for column in self.columns)])
+                      for row in merged]
+            lines.append(_line(["best single model", *(self.best_single(column) for column in self.columns)]))
+            parts.insert(1, "## Does merging pay?\n\nChange of the bits per byte from the best single model: public, "
+                            "dense or pair. Below zero is better.\n\n" + "\n".join(lines))
         seeds = ", ".join(map(str, self.seeds))
         note = (f"Bits per byte, lower is better; mean{' ± standard deviation' if len(self.seeds) > 1 else ''} over "
                 f"{len(self.seeds)} seed{'s' * (len(self.seeds) > 1)} ({seeds}). In bold the best of each column; † "

@@ -59,7 +59,7 @@ def load_launch(path: str, overrides: Sequence[str] = ()) -> LaunchConfig:
 
 def _checked(schema: type, values: DictConfig, where: str) -> Any:
     """An instance of ``schema``, after a search for keys that it does not have."""
-    _reject_unknown(schema, OmegaConf.to_container(values), where, "")
+    reject_unknown(schema, OmegaConf.to_container(values), where, "")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     except MissingMandatoryValue as error:
@@ -68,7 +68,12 @@ def _checked(schema: type, values: DictConfig, where: str) -> Any:
         raise FlexOlmoError(reason(where, error)) from None
 
 
-def _reject_unknown(schema: type, values: Any, where: str, prefix: str) -> None:
+def reject_unknown(schema: type, values: Any, where: str, prefix: str) -> None:
+    """Search what a YAML file holds for keys that ``schema`` does not have, also below names that the user chooses.
+
+    Raises:
+        FlexOlmoError: there is one; the nearest valid key is offered.
+    """
     if not isinstance(values, dict):
         return
     hints = get_type_hints(schema)
@@ -79,12 +84,12 @@ def _reject_unknown(schema: type, values: Any, where: str, prefix: str) -> None:
         if get_origin(hint) in (Union, UnionType):
             hint = get_args(hint)[0]
         if is_dataclass(hint):
-            _reject_unknown(hint, value, where, f"{prefix}{key}.")
+            reject_unknown(hint, value, where, f"{prefix}{key}.")
         elif get_origin(hint) is dict and is_dataclass(get_args(hint)[1]) and isinstance(value, dict):
             for name, inner in value.items():
-                _reject_unknown(get_args(hint)[1], inner, where, f"{prefix}{key}.{name}.")
+                reject_unknown(get_args(hint)[1], inner, where, f"{prefix}{key}.{name}.")
         elif key == "slurm":
-            _reject_unknown(SlurmConfig, value, where, f"{prefix}slurm.")
+            reject_unknown(SlurmConfig, value, where, f"{prefix}slurm.")
         elif key == "time" and isinstance(value, int):
             raise FlexOlmoError(f"{where}: {prefix}time = {value}: expected text in quotes, as '12:00:00' (without "
                                 "quotes, YAML takes it for a number)")

@@ -1,0 +1,96 @@
+"""The YAML file of a comparison: what it refuses, and the training runs that follow from it."""
+
+import pytest
+
+from flexolmo_megatron.compare.config import check_training, flatten, load_compare, owner_options, training_config
+from flexolmo_megatron.compare.settings import PAPER_WARMUP
+from flexolmo_megatron.config.train import RouterTrainConfig
+from flexolmo_megatron.errors import FlexOlmoError
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("steps.ownr=3", "unknown option 'steps.ownr' (did you mean 'owner'?)"),
+    ("owners.math.trian=[x]", "unknown option 'owners.math.trian' (did you mean 'train'?)"),
+    ("slurm.partion=x", "unknown option 'slurm.partion' (did you mean 'partition'?)"),
+    ("methods=[soop]", "methods: there is no 'soop' (did you mean 'soup'?)"),
+    ("setting=papr", "setting: there is no 'papr' (did you mean 'paper'?)"),
+    ("ablations=[no bia]", "ablations: there is no 'no bia' (did you mean 'no bias'?)"),
+    ("seeds=[1,1]", "seeds = [1, 1]: expected at least one, and none twice"),
+    ("steps.owner=0", "steps.owner = 0: expected at least 1"),
+    ("top_k=4", "top_k = 4: expected 1 to 3, all experts"),
+    ("owners={}", "owners is empty"),
+    ("variants.paper={expert.bias: false}", "'paper' is the name of a usual ablation"),
+    ("variants.x=3", "variants.x = 3: expected options"),
+    ("variants.x={setting: best}", "variants.x.setting = 'best': expected one of default, paper"),
+])
+def test_impossible_values_are_refused_with_the_nearest(config_file: str, override: str, message: str) -> None:
+    with pytest.raises(FlexOlmoError) as refused:
+        overrides = [override] if override != "owners={}" else []
+        config = load_compare(config_file, overrides)
+        if not overrides:
+            config.owners = {}
+            from flexolmo_megatron.compare.config import _check
+            _check(config)
+    assert message in str(refused.value)
+
+
+def test_nested_and_dotted_options_are_the_same() -> None:
+    assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e.f": 3}) == {"a.b": 1, "a.c.d": [2], "e.f": 3}
+
+
+def test_the_command_line_wins_over_the_file(config_file: str) -> None:
+    config = load_compare(config_file, ["owner.optimizer.lr=5e-4", "steps.owner=7", "train.data.seq_length=16"])
+    run = training_config(config, "owner", {"train_iters": config.steps.owner}, owner_options(config, None)[0])
+    assert (run.optimizer.lr, run.train_iters, run.data.seq_length) == (5e-4, 7, 16)
+
+
+def test_default_setting_replays_public_documents(config_file: str) -> None:
+    config = load_compare(config_file, [])
+    run = training_config(config, "owner", {"public_data": ["p"]}, owner_options(config, None)[0])
+    assert run.data.public_share > 0 and run.data.public == ["p"] and run.moe_z_loss_coeff == 0
+
+
+def test_paper_setting_is_the_papers(config_file: str) -> None:
+    config = load_compare(config_file, ["setting=paper", "steps.owner=600"])
+    run = training_config(config, "owner", {"public_data": ["p"], "train_iters": 600}, owner_options(config, None)[0])
+    assert (run.data.public, run.data.public_share, run.expert.domain_loss_coeff) == ([], 0.0, 0.0)
+    assert (run.moe_z_loss_coeff, run.optimizer.lr, run.optimizer.min_lr, run.optimizer.weight_decay) == (
+        1e-3, 9e-4, 0.0, 0.0)
+    # 2,000 steps of 1,024 x 4,096 tokens out of 50 B tokens.
+    assert run.optimizer.lr_warmup_iters == int(600 * 2000 * 1024 * 4096 / 50e9)
+    assert abs(PAPER_WARMUP - 0.1678) < 1e-4
+
+
+def test_an_ablation_changes_only_what_it_says(config_file: str) -> None:
+    config = load_compare(config_file, ["owner.optimizer.lr=5e-4", "variants.wide={embed: {scale: 3}}",
+                                        "variants.share={data.public_share: 0.25}"])
+    usual, embed = owner_options(config, None)
+    assert owner_options(config, "no bias") == (usual | {"expert.bias": False}, embed)
+    assert owner_options(config, "share") == (usual | {"data.public_share": 0.25}, embed)
+    assert owner_options(config, "wide") == (usual, embed | {"scale": 3})
+    paper = owner_options(config, "paper")[0]
+    assert paper["optimizer.lr"] == 9e-4  # not the section owner's
+
+
+def test_router_tuning_has_the_papers_learning_rate_and_a_short_warm_up(config_file: str) -> None:
+    config = load_compare(config_file, ["train.optimizer.lr=7e-3"])
+    run = training_config(config, "router", {"train_iters": 50})
+    assert isinstance(run, RouterTrainConfig)
+    assert (run.optimizer.lr, run.optimizer.lr_warmup_iters, run.leave_one_out) == (2e-3, 5, True)
+
+
+def test_an_unknown_training_option_is_refused_by_name(config_file: str) -> None:
+    config = load_compare(config_file, ["dense.optimizer.lrr=1"])
+    with pytest.raises(FlexOlmoError, match=r"options of the dense run: unknown option 'optimizer.lrr' \(did you mean"):
+        training_config(config, "dense", {})
+
+
+def test_layouts_are_data_parallel_alone(config_file: str) -> None:
+    config = load_compare(config_file, [])
+    run = training_config(config, "dense", {"train_iters": 30})
+    check_training({"dense": run}, processes=1)
+    with pytest.raises(FlexOlmoError, match="dense: global_batch_size = 4: expected a multiple of micro_batch"):
+        check_training({"dense": run}, processes=2)
+    run.parallel.tensor = 2
+    with pytest.raises(FlexOlmoError, match="dense: parallel: expected no layout, a comparison's"):
+        check_training({"dense": run}, processes=2)

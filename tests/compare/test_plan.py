@@ -1,0 +1,106 @@
+"""The steps of a comparison, their inputs and budgets, and their jobs on Slurm."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from flexolmo_megatron.compare.config import load_compare
+from flexolmo_megatron.compare.plan import Comparison, build_comparison
+from flexolmo_megatron.compare.slurm import plan_arrays
+from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.evaluation.methods import build_methods
+
+
+def planned(config_file: str, *overrides: str) -> Comparison:
+    return build_comparison(load_compare(config_file, overrides))
+
+
+def test_all_methods_by_default(config_file: str) -> None:
+    plan = planned(config_file).plan
+    assert [name for name in plan.steps if name.startswith("seed_1")] == [f"seed_1/{name}" for name in (
+        "public", "anchor", "dense/math", "dense/code", "soup", "btx_start", "btx", "unrestricted_1x",
+        "unrestricted_2x", "vectors/math", "vectors/code", "experts/math", "experts/code", "merged", "router",
+        "ablations/no_coordination/experts/math", "ablations/no_coordination/experts/code",
+        "ablations/no_coordination/merged", "scores")]
+    assert set(plan.steps["seed_1/scores"].inputs) >= {"seed_1/anchor", "seed_1/btx", "seed_1/router", "seed_1/soup"}
+
+
+def test_only_what_the_methods_need(config_file: str) -> None:
+    plan = planned(config_file, "methods=[public,btm]").plan
+    assert list(plan.steps) == ["data/public", "data/math", "data/code", "seed_1/public", "seed_1/anchor",
+                                "seed_1/dense/math", "seed_1/dense/code", "seed_1/scores", "report"]
+    assert "seed_1/router" not in planned(config_file, "steps.router=0").plan.steps
+
+
+def test_each_seed_has_runs_of_its_own(config_file: str) -> None:
+    comparison = planned(config_file, "seeds=[3,4]", "methods=[public]")
+    assert [run.seed for run in comparison.runs.values()] == [3, 4]
+    assert comparison.plan.steps["report"].inputs == ("seed_3/scores", "seed_4/scores")
+
+
+def test_an_ablation_like_the_setting_is_left_out(config_file: str) -> None:
+    usual = planned(config_file, "ablations=[paper]", "setting=paper", "methods=[flexolmo,ablations]")
+    assert usual.models[1].ablations == {}
+    assert list(planned(config_file, "ablations=[paper]").models[1].ablations) == ["paper"]
+
+
+def test_other_embeddings_have_an_anchor_of_their_own(config_file: str) -> None:
+    comparison = planned(config_file, "variants.long rows={embed.scale: 2}", "methods=[ablations]", "ablations=[]")
+    steps = comparison.plan.steps
+    assert steps["seed_1/ablations/long_rows/anchor"].options == {"embed": {"documents": 10, "max_tokens": 32,
+                                                                            "scale": 2}}
+    assert "seed_1/ablations/long_rows/anchor" in steps["seed_1/ablations/long_rows/experts/math"].inputs
+    assert "seed_1/ablations/long_rows/vectors/math" in steps
+
+
+def test_budgets(config_file: str) -> None:
+    comparison = planned(config_file, "steps.owner=40")
+    tokens, flops = comparison.tokens, comparison.flops
+    assert (tokens["public"], tokens["owner"], tokens["dense"]) == (4 * 4 * 32, 40 * 4 * 32, 40 * 4 * 32)
+    assert tokens["btx"] == tokens["router"] == 2 * 4 * 32  # one budget after the merge
+    assert flops["unrestricted-1x"] == pytest.approx(2 * flops["owner"], rel=0.02)
+    assert flops["unrestricted-2x"] == pytest.approx(4 * flops["owner"], rel=0.02)
+    assert comparison.plan.steps["seed_1/router"].tokens == 3 * tokens["router"]  # for all, and without each owner
+
+
+def test_each_method_counts_its_own_runs(config_file: str) -> None:
+    dense = planned(config_file, "methods=[public,dense,btm]", "steps.owner=40")
+    method = next(method for method in build_methods(dense.models[1], families=["btm"]))
+    assert dense.budget_of(method) == (dense.tokens["public"] + 2 * 40 * 4 * 32,
+                                       dense.flops["public"] + 2 * dense.flops["dense"])
+
+
+def test_what_has_no_part_in_a_result_is_not_recorded(config_file: str) -> None:
+    first, second = planned(config_file), planned(config_file, "train.log_interval=7", "train.micro_batch_size=2")
+    assert first.plan.digest("seed_1/router") == second.plan.digest("seed_1/router")
+    other = planned(config_file, "train.optimizer.clip_grad=0.5")
+    assert first.plan.digest("seed_1/router") != other.plan.digest("seed_1/router")
+    assert "optimizer.clip_grad" in other.plan.steps["seed_1/public"].options
+
+
+def test_missing_documents_are_found_before_anything_runs(config_file: str) -> None:
+    with pytest.raises(FlexOlmoError, match=r"nothing\.jsonl does not exist"):
+        planned(config_file, "owners.math.valid=[nothing.jsonl]")
+
+
+def test_slurm_arrays_follow_the_levels(config_file: str, tmp_path: Path) -> None:
+    comparison = planned(config_file, "slurm.partition=gpu", "slurm.time=02:00:00", "methods=[public,dense,flexolmo]")
+    jobs = plan_arrays(comparison)
+    assert [job.after for job in jobs] == [[], *([job.stage] for job in jobs[:-1])]
+    second = jobs[2].text
+    assert "#SBATCH --partition=gpu" in second and "#SBATCH --array=0-0" in second and "seed_1/anchor" in second
+    experts = next(job.text for job in jobs if "seed_1/experts/math" in job.text)
+    assert "#SBATCH --array=0-1\n" in experts
+    assert 'train compare "$out/slurm/launch.yaml" --only "$step"' in experts
+    for job in jobs:
+        script = tmp_path / "job.sh"
+        script.write_text(job.text)
+        subprocess.run(["bash", "-n", str(script)], check=True)
+    assert sum(job.text.count("\n    seed_1/") + job.text.count("\n    data/") + job.text.count("\n    proxies/")
+               for job in jobs) == len(comparison.plan.steps) - 1  # and the report
+
+
+def test_slurm_options_are_checked(config_file: str) -> None:
+    with pytest.raises(FlexOlmoError, match=r"slurm.nodes = 0 \(job compare\): expected at least 1"):
+        plan_arrays(planned(config_file, "slurm.nodes=0"))

@@ -1,0 +1,102 @@
+"""The whole comparison, once, on tiny texts: every method, the report, resumption."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flexolmo_megatron.cli import main
+from flexolmo_megatron.compare.config import load_compare
+from flexolmo_megatron.compare.scores import held_out
+from flexolmo_megatron.evaluation.perplexity import evaluate_documents
+from flexolmo_megatron.inference.model import load_model
+
+
+@pytest.fixture(scope="module")
+def ran(module_config: Path) -> Path:
+    """The YAML file of a comparison that is done."""
+    assert main(["compare", str(module_config)]) == 0
+    return module_config
+
+
+def table_of(path: Path) -> dict[str, dict]:
+    table = json.loads((path.parent / "out" / "report" / "table.json").read_text())
+    assert table["columns"] == ["public", "math", "code", "average", "mixed"]
+    return {method["name"]: method for method in table["methods"]}
+
+
+def bits(method: dict) -> dict[str, float]:
+    return {column: value["mean"] for column, value in method["bits_per_byte"].items()}
+
+
+def test_every_method_is_in_the_table(ran: Path) -> None:
+    methods = table_of(ran)
+    assert {"public", "dense math", "dense code", "soup", "soup weighted oracle", "BTM top-2 oracle",
+            "BTM top-2 causal", "prompt routing causal", "BTX", "unrestricted MoE 1x", "unrestricted MoE 2x",
+            "pair math", "pair code", "FlexOlmo", "FlexOlmo top-1", "FlexOlmo top-3", "FlexOlmo without math",
+            "FlexOlmo tuned", "FlexOlmo tuned without code (strict)", "FlexOlmo, no coordination"} <= set(methods)
+    for method in methods.values():
+        for value in bits(method).values():
+            assert 2 < value < 10, method  # log2(257) is 8.0: little has been learnt
+
+
+def test_budgets_are_those_of_the_runs(ran: Path) -> None:
+    methods = table_of(ran)
+    public, owner, router = 4 * 4 * 32, 3 * 4 * 32, 2 * 4 * 32
+    assert methods["dense math"]["training_tokens"] == public + owner
+    for name in ("FlexOlmo", "BTM top-2 oracle", "soup"):
+        assert methods[name]["training_tokens"] == public + 2 * owner
+    assert methods["FlexOlmo tuned"]["training_tokens"] == methods["BTX"]["training_tokens"] == (
+        public + 2 * owner + router)
+    assert methods["FlexOlmo"]["training_flops"] < methods["BTM top-2 oracle"]["training_flops"]
+
+
+def test_numbers_are_those_of_the_models(ran: Path) -> None:
+    """An owner's pair by itself, and what is merged without an owner, against the merged model that leaves experts
+    out."""
+    out, methods = ran.parent / "out", table_of(ran)
+    texts = {one.name: one.texts for one in held_out(load_compare(str(ran)))}
+    pair = load_model(out / "seed_1" / "experts" / "math" / "run")
+    assert bits(methods["pair math"])["math"] == pytest.approx(
+        evaluate_documents(pair, texts["math"]).bits_per_byte, rel=1e-5)
+    packages = out / "seed_1" / "merged" / "packages"
+    assert main(["merge", "--anchor", str(out / "seed_1" / "anchor" / "model"), str(packages / "code"),
+                 "--top-k", "2", "--out", str(ran.parent / "code_alone")]) == 0
+    alone = load_model(ran.parent / "code_alone")
+    assert bits(methods["FlexOlmo without math"])["mixed"] == pytest.approx(
+        evaluate_documents(alone, texts["mixed"]).bits_per_byte, rel=1e-9)
+    anchor = load_model(out / "seed_1" / "public" / "run")
+    assert bits(methods["public"])["code"] == pytest.approx(
+        evaluate_documents(anchor, texts["code"]).bits_per_byte, rel=1e-5)
+
+
+def test_report_has_tables_and_pictures(ran: Path) -> None:
+    report = ran.parent / "out" / "report"
+    assert {path.name for path in report.iterdir()} == {
+        "table.md", "table.csv", "table.json", "step.json", "routing_share.png", "active_experts.png",
+        "active_experts_tuned.png", "opt_out.png", "opt_out_tuned.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in report.glob("*.png"))
+    assert "## Opt-outs" in (report / "table.md").read_text()
+
+
+def test_a_second_start_does_nothing(ran: Path, capsys: pytest.CaptureFixture) -> None:
+    record = ran.parent / "out" / "seed_1" / "router" / "step.json"
+    before = record.stat().st_mtime_ns
+    assert main(["compare", str(ran)]) == 0
+    assert record.stat().st_mtime_ns == before
+    assert "[" not in capsys.readouterr().out.split("## Methods")[0]
+
+
+def test_a_new_variant_is_all_that_is_trained(ran: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["compare", str(ran), "variants.no noise={expert.routing_noise: 0}", "--dry-run"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "seed_1" in line or "report" in line]
+    missing = [line.split()[1] for line in lines if " yes " not in line]
+    assert missing == [f"seed_1/{name}" for name in (
+        "ablations/no_noise/experts/math", "ablations/no_noise/experts/code", "ablations/no_noise/merged", "scores")
+        ] + ["report"]
+
+
+def test_other_options_are_refused(ran: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["compare", str(ran), "owner.optimizer.lr=1e-3"]) == 2
+    assert "seed_1/experts/math was made with optimizer.lr = 0.003, which is 0.001 now: remove this folder" in (
+        capsys.readouterr().err)
