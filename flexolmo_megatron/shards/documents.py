@@ -13,6 +13,7 @@ import numpy as np
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
+from flexolmo_megatron.shards.values import values_of
 from flexolmo_megatron.training.document_pool import Records, read_chunks
 from flexolmo_megatron.training.documents import BadDocuments
 
@@ -27,7 +28,7 @@ class ReadDocuments(PipelineStep):
     name = "JSONL and Parquet"
 
     def __init__(self, files: Sequence[Path], parts: int, text_key: str, max_bad: int, progress: Path,
-                 wanted: Sequence[Path] | None = None) -> None:
+                 wanted: Sequence[Path] | None = None, keys: Sequence[str] = ()) -> None:
         """Take what to read.
 
         Args:
@@ -37,9 +38,11 @@ class ReadDocuments(PipelineStep):
             max_bad: unusable documents of a shard that are skipped before it fails.
             progress: folder for notes on progress, see ``progress_of``.
             wanted: of each file, a .npy file with the lines to read in ascending order; by default all.
+            keys: further keys of the JSON objects, or columns, that documents get as metadata, each None if missing.
         """
         super().__init__()
         self.files, self.parts, self.text_key, self.progress, self.wanted = files, parts, text_key, progress, wanted
+        self.keys = keys
         self.bad = BadDocuments(max_bad)
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
@@ -47,6 +50,7 @@ class ReadDocuments(PipelineStep):
         file, part = divmod(rank, self.parts)
         path = self.files[file]
         note = self.progress / f"{rank:06d}"
+        values = values_of(path, self.keys)
         documents = text_bytes = 0
         noted = 0.0
         for number, chunk in enumerate(read_chunks([(file, path)], self.text_key, self._choose)):
@@ -55,10 +59,15 @@ class ReadDocuments(PipelineStep):
             lines, texts, bad = chunk.parse(self.text_key)
             for item in bad:
                 self.bad.add(item)
+                self.stat_update(f"unusable {item.kind}")
+            raw = dict(chunk.records) if self.keys else {}
             for line, text in zip(lines, texts, strict=True):
                 size = len(text.encode())
                 text_bytes += size
-                yield Document(text, f"{path.name}:{line}", metadata={"line": line, "bytes": size, "chunk": number})
+                metadata = {"line": line, "bytes": size, "chunk": number}
+                if self.keys:
+                    metadata.update(values(line, raw[line]))
+                yield Document(text, f"{path.name}:{line}", metadata=metadata)
             documents += len(texts)
             if time.monotonic() - noted >= _REPORT_INTERVAL:
                 noted = time.monotonic()

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.files import read_json, write_json
 from flexolmo_megatron.training.progress import DocumentProgress
 
 if TYPE_CHECKING:
     from flexolmo_megatron.shards.slurm import SlurmOptions
 
-_PROGRESS = "progress"
+_PLAN, _PROGRESS = "plan.json", "progress"
 _POLL = 0.5
 """Seconds between two looks at the progress."""
 
@@ -53,6 +54,41 @@ class Where:
     def at_once(self) -> int:
         """Shards that are worked on at the same time, at most: fewer would leave processors idle."""
         return self.slurm.tasks if self.slurm else self.workers
+
+
+def file_identity(path: Path) -> list[Any]:
+    """What changes if a file does: its path, size and time of change."""
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def open_state(out: Path, plan: dict[str, Any], files: dict[str, Sequence[Path]]) -> Path:
+    """The folder ``OUT.state`` beside the output ``out``: that of an earlier start, or a new one.
+
+    Args:
+        out: output.
+        plan: all that what is kept depends on, by name.
+        files: input files that it depends on, by the name of their kind.
+
+    Raises:
+        FlexOlmoError: the folder is of a run with another plan, or cannot be made.
+    """
+    folder = out.absolute().with_name(f"{out.name}.state")
+    identities = {kind: [file_identity(path) for path in paths] for kind, paths in files.items()}
+    plan = json.loads(json.dumps({**plan, **identities}))
+    if (folder / _PLAN).exists():
+        earlier = read_json(folder / _PLAN, "the plan of an earlier start")
+        changed = [key for key in plan if not isinstance(earlier, dict) or earlier.get(key) != plan[key]]
+        if changed:
+            raise FlexOlmoError(f"{folder} is what an earlier start with another choice of {', '.join(changed)} has "
+                                "left: repeat that choice to go on with it, or remove the folder")
+    else:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FlexOlmoError(f"cannot make the folder {folder}: {error.strerror}") from error
+        write_json(folder / _PLAN, plan)
+    return folder
 
 
 def progress_folder(folder: Path) -> Path:
