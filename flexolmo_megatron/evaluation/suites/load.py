@@ -1,0 +1,194 @@
+"""A suite of tasks, read from YAML, and its tasks as lm-evaluation-harness wants them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from flexolmo_megatron.errors import FlexOlmoError, first_line, nearest
+from flexolmo_megatron.evaluation.suites.functions import DOCS, JUDGED, RESULTS, judged
+from flexolmo_megatron.evaluation.suites.judge import Judge
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
+
+PAPER = Path(__file__).parent / "paper.yaml"
+INSTALL = "task suites need lm-evaluation-harness; install it with: pip install 'flexolmo-megatron[tasks]'"
+_SPLITS = ("train", "validation", "test", "dev", "forget", "retain1")
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+@dataclass(frozen=True)
+class SuiteTask:
+    """One number of the suite."""
+
+    name: str
+    metric: str
+    """Name of the number among those that the harness computes."""
+    parts: tuple[str, ...] = ()
+    """Of a mean over tasks: names of this suite's, or "harness/" and a pattern of files of the harness's."""
+    config: Mapping[str, Any] | None = None
+    """Of a single task: its configuration, in the harness's form."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """What to change in the configuration of the harness's tasks."""
+    filter: str | None = None
+    """Which of the harness's ways to read an answer counts; None for the first."""
+    limit: int | None = None
+    """Documents of the task, at most, whatever the run allows."""
+    verified: str = ""
+    """What the published evaluation is known to do, and this one does."""
+    differs: str = ""
+    """Where this one differs, or what is not known."""
+
+    @property
+    def needs(self) -> str | None:
+        """What the task cannot run without: "judge", "code" or nothing special."""
+        given = (self.config or {}).get("process_results")
+        return given if given in (JUDGED, "code") else None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Groups of tasks, whose means are the columns of the table."""
+
+    name: str
+    groups: dict[str, list[str]]
+    tasks: dict[str, SuiteTask]
+
+    def leaves(self, name: str) -> list[tuple[str, SuiteTask, Path | None]]:
+        """The single tasks that ``name`` is the mean of: name, task of the suite, and file of the harness or None.
+
+        Raises:
+            FlexOlmoError: a part that does not exist.
+        """
+        task = self.tasks[name]
+        if task.config is not None:
+            return [(name, task, None)]
+        found: list[tuple[str, SuiteTask, Path | None]] = []
+        for part in task.parts:
+            kind, slash, pattern = part.partition("/")
+            if not slash:
+                found += self.leaves(part)
+                continue
+            folder = harness_tasks()
+            files = sorted(folder.glob(pattern)) if kind == "harness" and ".." not in pattern else []
+            if not files:
+                raise FlexOlmoError(f"task {name!r} has the part {part!r}: expected one of the suite's tasks, or "
+                                    f"harness/ and a file below {folder}")
+            found += [(f"{name}/{file.stem}", task, file) for file in files]
+        return found
+
+
+def harness_tasks() -> Path:
+    """Folder of the harness's own tasks.
+
+    Raises:
+        FlexOlmoError: the harness is not installed.
+    """
+    try:
+        import lm_eval
+    except ImportError:
+        raise FlexOlmoError(INSTALL) from None
+    return Path(lm_eval.__file__).parent / "tasks"
+
+
+def load_suite(path: Path = PAPER) -> Suite:
+    """Read a suite.
+
+    Raises:
+        FlexOlmoError: the file cannot be read, or is not of the form that ``paper.yaml`` shows.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tasks = {name: SuiteTask(name, **{**entry, "parts": tuple(entry.get("parts", ()))})
+                 for name, entry in value["tasks"].items()}
+        suite = Suite(value["name"], {group: list(names) for group, names in value["groups"].items()}, tasks)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise FlexOlmoError(f"{path} cannot be read as a suite of tasks: {first_line(error)}") from error
+    for names in [*suite.groups.values(), *(task.parts for task in tasks.values())]:
+        for name in names:
+            if "/" not in name and name not in tasks:
+                raise FlexOlmoError(f"{path} names the task {name!r}, which it does not define{nearest(name, tasks)}")
+    for task in tasks.values():
+        if (task.config is None) == (not task.parts):
+            raise FlexOlmoError(f"{path}: task {task.name!r} needs either a config or parts")
+        for key, known in (("process_docs", DOCS), ("process_results", [*RESULTS, JUDGED])):
+            if (given := (task.config or {}).get(key)) is not None and given not in known:
+                raise FlexOlmoError(f"{path}: task {task.name!r} has {key} = {given!r}{nearest(given, known)}: "
+                                    f"expected one of {', '.join(known)}")
+    return suite
+
+
+def _local_data(name: str, folder: Path | None) -> Callable[..., dict] | None:
+    """What reads the splits of task ``name`` from ``folder``/``name``, if that exists."""
+    if folder is None or not (folder / name).is_dir():
+        return None
+    files = {split: path for split in _SPLITS for suffix in _SUFFIXES
+             if (path := folder / name / f"{split}{suffix}").exists()}
+    if not files:
+        raise FlexOlmoError(f"{folder / name} holds no data: expected a file for each split, such as test.jsonl")
+
+    def read(**_: Any) -> dict:
+        import gzip
+        import json
+
+        import datasets
+
+        splits = {}
+        for split, path in files.items():
+            try:
+                if path.suffix == ".parquet":
+                    splits[split] = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
+                else:
+                    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+                        splits[split] = datasets.Dataset.from_list([json.loads(line) for line in file if line.strip()])
+            except (OSError, ValueError) as error:
+                raise FlexOlmoError(f"{path} cannot be read: {first_line(error)}") from error
+        return splits
+    return read
+
+
+def build_task(name: str, task: SuiteTask, file: Path | None, data: Path | None,
+               judge: Judge | None) -> "ConfigurableTask":
+    """Make the harness's object of one of ``Suite.leaves``; loads its data set.
+
+    Args:
+        name: of the leaf.
+        task: of the suite.
+        file: of the harness, or None for a task of the suite's own.
+        data: folder with local data sets, one folder of JSONL or Parquet files per task; those without are loaded by
+            name, from the network or the cache of Hugging Face.
+        judge: for the tasks that need one.
+
+    Raises:
+        FlexOlmoError: the data set cannot be loaded, or does not fit the task.
+    """
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if file is not None:
+        config = {key: value for key, value in load_yaml(file).items() if key not in ("tag", "group", "task_list")}
+        config.update(task.overrides)
+    else:
+        config = dict(task.config or {})
+        if docs := config.get("process_docs"):
+            convert = DOCS[docs]
+            config["process_docs"] = lambda rows: datasets.Dataset.from_list(convert(rows))
+        if results := config.get("process_results"):
+            config["process_results"] = judged(judge) if results == JUDGED and judge else RESULTS[results]
+    config["task"] = name
+    if read := _local_data(name, data):
+        config["custom_dataset"] = read
+    try:
+        built = ConfigurableTask(config=config)
+        built.set_fewshot_seed(1234)  # as lm_eval's command line does
+        return built
+    except FlexOlmoError:
+        raise
+    except Exception as error:  # whatever datasets and jinja raise
+        where = "" if data is None else f"{data / name} or "
+        raise FlexOlmoError(f"task {name}: its data {config.get('dataset_path')} cannot be used ({first_line(error)}): "
+                            f"expected it in {where}at Hugging Face; --data names a folder of local copies") from error

@@ -1,0 +1,192 @@
+"""Running a suite: every model on every task; what is done is kept, so that the same call goes on after a stop."""
+
+import gc
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flexolmo_megatron.convert.model import open_model
+from flexolmo_megatron.errors import FlexOlmoError, nearest
+from flexolmo_megatron.evaluation.candidates import Candidate
+from flexolmo_megatron.evaluation.suites.judge import Judge
+from flexolmo_megatron.evaluation.suites.load import Suite, SuiteTask, build_task, harness_tasks
+from flexolmo_megatron.evaluation.suites.results import SuiteResults, TaskScore, mean_score
+from flexolmo_megatron.files import read_json, write_json
+from flexolmo_megatron.inference.model import load_model
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from lm_eval.api.task import ConfigurableTask
+
+SETUP = "setup.json"
+
+
+@dataclass
+class SuiteOptions:
+    """How to run a suite."""
+
+    tasks: Sequence[str] = ()
+    """Groups and tasks to run; empty for all."""
+    limit: int | None = 1000
+    """Documents of each task, at most; None for all. The research took 1,000."""
+    data: Path | None = None
+    """Folder of local data sets; see ``load.build_task``."""
+    judge: Judge | None = None
+    """For the tasks whose texts are judged; without one they are not run."""
+    run_code: bool = False
+    """Run programs that the model has written; without it, those tasks are not run."""
+    batch_size: int = 8
+    """Sequences that are computed at a time."""
+    dtype: str = "float32"
+    anchor: str | None = None
+    rows: str = "strict"
+    seed: int = 0
+    """Of sampled answers."""
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise FlexOlmoError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+
+
+def chosen_tasks(suite: Suite, names: Sequence[str]) -> list[str]:
+    """The tasks of the suite's groups that ``names`` (groups and tasks; empty for all) choose.
+
+    Raises:
+        FlexOlmoError: an unknown name.
+    """
+    everything = [task for tasks in suite.groups.values() for task in tasks]
+    known = {group.lower(): tasks for group, tasks in suite.groups.items()} | {task: [task] for task in everything}
+    for name in names:
+        if name.lower() not in known:
+            shown = [*suite.groups, *everything]
+            raise FlexOlmoError(f"--tasks {name}: the suite has no such group or task{nearest(name, shown)}: expected "
+                                f"some of {', '.join(shown)}")
+    wanted = {task for name in names for task in known[name.lower()]}
+    return [task for task in everything if not names or task in wanted]
+
+
+def _missing(suite: Suite, name: str, options: SuiteOptions) -> str | None:
+    """Why a task cannot be run with these options; None if it can."""
+    for _, task, _ in suite.leaves(name):
+        if task.needs == "judge" and options.judge is None:
+            return "no --judge-url was given"
+        if task.needs == "code" and not options.run_code:
+            return "it runs programs that the model writes, which --run-code allows"
+    return None
+
+
+def score_task(lm: "LM", name: str, task: SuiteTask, built: "ConfigurableTask", limit: int | None) -> TaskScore:
+    """Run one task of the harness.
+
+    Raises:
+        FlexOlmoError: the harness does not compute the task's metric.
+    """
+    from lm_eval.evaluator import evaluate
+
+    limits = [number for number in (limit, task.limit) if number is not None]
+    found = evaluate(lm=lm, task_dict={"tasks": {name: built}}, limit=min(limits, default=None), bootstrap_iters=0,
+                     log_samples=False, confirm_run_unsafe_code=False)
+    values = {key: value for key, value in found["results"][name].items() if key.partition(",")[0] == task.metric}
+    key = next((key for key in values if task.filter in (None, key.partition(",")[2])), None)
+    if key is None:
+        raise FlexOlmoError(f"task {name}: there is no metric {task.metric!r}"
+                            f"{f' with the filter {task.filter!r}' if task.filter else ''}: the harness computed "
+                            f"{', '.join(found['results'][name])}")
+    documents = found["n-samples"][name]["effective"]
+    value = float(values[key])
+    stderr = found["results"][name].get(key.replace(",", "_stderr,", 1))
+    return TaskScore(100 * value, 100 * stderr if isinstance(stderr, int | float) else None, documents)
+
+
+class _Done:
+    """Scores that are kept in a folder, one file per model and task, with the settings that they belong to."""
+
+    def __init__(self, out: Path, setup: dict[str, Any]) -> None:
+        self._folder = out / "tasks"
+        if (out / SETUP).exists():
+            before = read_json(out / SETUP, "the settings of a suite's run")
+            for name, value in setup.items():
+                if before.get(name) != value:
+                    raise FlexOlmoError(f"{out} holds a run with {name} = {before.get(name)}, and this one has "
+                                        f"{value}: name a new directory, or remove this one")
+        elif out.exists() and any(out.iterdir()):
+            raise FlexOlmoError(f"{out} already exists and holds no run of a suite; name a new directory")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_json(out / SETUP, setup)
+
+    def _path(self, model: str, leaf: str) -> Path:
+        return self._folder / f"{hashlib.sha256(f'{model}:{leaf}'.encode()).hexdigest()[:16]}.json"
+
+    def get(self, model: str, leaf: str) -> TaskScore | None:
+        path = self._path(model, leaf)
+        if not path.exists():
+            return None
+        value = read_json(path, "a task's score")
+        return TaskScore(value["score"], value["stderr"], value["documents"])
+
+    def add(self, model: str, leaf: str, score: TaskScore) -> None:
+        write_json(self._path(model, leaf), {"model": model, "task": leaf, **asdict(score)})
+
+
+def run_suite(suite: Suite, candidates: Sequence[Candidate], out: Path, options: SuiteOptions) -> SuiteResults:
+    """Run a suite; reports each score on standard error as it comes.
+
+    Args:
+        suite: what to run.
+        candidates: models and their experts; a checkpoint is loaded once for all that share it.
+        out: folder of the results, new or of an interrupted run with the same settings.
+        options: how to run.
+
+    Raises:
+        FlexOlmoError: see ``chosen_tasks``, ``build_task``, ``load_model`` and ``Judge``; ``out`` holds other results.
+    """
+    harness_tasks()
+    from flexolmo_megatron.evaluation.suites.language_model import HarnessModel
+
+    names = chosen_tasks(suite, options.tasks)
+    skipped = {name: reason for name in names if (reason := _missing(suite, name, options))}
+    names = [name for name in names if name not in skipped]
+    if not names:
+        raise FlexOlmoError("nothing to run: " + "; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
+    for candidate in candidates:
+        candidate.experts(open_model(candidate.path).card.expert_names)
+    setup = {
+        "suite": suite.name, "limit": options.limit, "dtype": options.dtype, "rows": options.rows, "seed": options.seed,
+        "data": None if options.data is None else str(options.data),
+        "judge": None if options.judge is None else options.judge.model,
+        "models": {candidate.name: {"path": str(candidate.path), "only": list(candidate.only),
+                                    "without": list(candidate.without)} for candidate in candidates},
+    }
+    done = _Done(out, setup)
+    scores: dict[str, dict[str, TaskScore]] = {candidate.name: {} for candidate in candidates}
+    for path in dict.fromkeys(candidate.path for candidate in candidates):
+        model = load_model(path, getattr(torch, options.dtype), anchor=options.anchor, rows=options.rows)
+        for candidate in candidates:
+            if candidate.path != path:
+                continue
+            lm = HarnessModel(model, candidate.experts(model.expert_names), batch_size=options.batch_size,
+                              seed=options.seed)
+            for name in names:
+                parts = []
+                for leaf, task, file in suite.leaves(name):
+                    score = done.get(candidate.name, leaf)
+                    if score is None:
+                        built = build_task(leaf, task, file, options.data, options.judge)
+                        score = score_task(lm, leaf, task, built, options.limit)
+                        done.add(candidate.name, leaf, score)
+                    parts.append(score)
+                scores[candidate.name][name] = score = mean_score(parts)
+                error = "" if score.stderr is None else f" ± {score.stderr:.1f}"
+                print(f"{candidate.name} on {name}: {score.score:.1f}{error} %, {score.documents:,} documents",
+                      file=sys.stderr, flush=True)
+        del model
+        gc.collect()  # modules and their hooks refer to one another
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return SuiteResults(suite, scores, skipped, setup)

@@ -1,0 +1,161 @@
+"""The suite on tiny local data sets: what it computes, skips, keeps, and refuses."""
+
+import json
+import re
+
+import pytest
+
+from flexolmo_megatron.cli import main
+from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.evaluation.candidates import Candidate
+from flexolmo_megatron.evaluation.suites.load import PAPER, load_suite
+from flexolmo_megatron.evaluation.suites.results import SuiteResults, TaskScore, mean_score
+from flexolmo_megatron.evaluation.suites.run import SuiteOptions, chosen_tasks, run_suite
+from flexolmo_megatron.inference.model import load_model
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+
+
+def write(folder, name: str, **splits: list[dict]) -> None:
+    (folder / name).mkdir(parents=True)
+    for split, rows in splits.items():
+        (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def arc(index: int) -> dict:
+    return {"question": f"What is {index}?", "answerKey": "ABCD"[index % 4],
+            "choices": {"text": [str(index + other) for other in range(4)], "label": list("ABCD")}}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Every task's data set in the columns of its original, a few rows of each."""
+    folder = tmp_path_factory.mktemp("data")
+    write(folder, "arc_easy", train=[arc(index) for index in range(5)], test=[arc(index) for index in range(5, 11)])
+    squad = [{"title": "T", "context": f"He is {name}.", "question": "Who is he?", "answers": {"text": [name]}}
+             for name in ("Bob", "Tim", "Tom", "Jim", "Ben", "Sam")]
+    write(folder, "squad", train=squad[:5], validation=squad[5:])
+    write(folder, "mbpp", test=[{"text": "Add one.", "code": "def f(x): return x + 1",
+                                 "test_list": ["assert f(1) == 2"]}])
+    math = [{"problem": f"1 + {index}?", "solution": f"\\boxed{{{index + 1}}}"} for index in range(5)]
+    for name in ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
+                 "prealgebra", "precalculus"):
+        write(folder, f"math_{name}", train=math[:4], test=math[4:])
+    write(folder, "gsm8k/gsm8k-cot", test=[{"question": "1 + 1?", "answer": "It is so. #### 2"}])
+    return folder
+
+
+def test_the_paper_has_31_tasks():
+    suite = load_suite()
+    assert list(suite.groups) == ["MC9", "GEN5", "MMLU", "MMLU-Pro", "AGIEval", "BBH", "Math2", "NewsG", "PoemG",
+                                  "SciRIFF5", "Code4"]
+    assert [len(tasks) for tasks in suite.groups.values()] == [9, 5, 1, 1, 1, 1, 2, 1, 1, 5, 4]
+    assert len(chosen_tasks(suite, [])) == 31
+    assert len(suite.leaves("mmlu")) == 57 and len(suite.leaves("bbh")) == 27 and len(suite.leaves("agieval")) == 8
+    for name in chosen_tasks(suite, []):
+        assert suite.tasks[name].verified and suite.tasks[name].differs, "every task says what is known of it"
+        for leaf, _, file in suite.leaves(name):
+            assert file is None or file.is_file(), leaf
+
+
+def test_multiple_choice_follows_the_likelihood_of_the_letters(models, data, tmp_path):
+    options = SuiteOptions(["arc_easy"], data=data, limit=4)
+    candidates = [Candidate("m", models["merged"]), Candidate("x", models["export"]),
+                  Candidate("none", models["merged"], only=("public",))]
+    results = run_suite(load_suite(), candidates, tmp_path / "out", options)
+    assert results.scores["m"] == results.scores["x"], "the export is the same model"
+    model = load_model(models["merged"])
+    shots = "".join(f"{question(arc(index))} {arc(index)['answerKey']}\n\n" for index in range(5))
+    for name, experts in (("m", None), ("none", ["public"])):
+        right = 0
+        for index in range(5, 9):
+            tokens = list((shots + question(arc(index)) + " ").encode())
+            logits = model.logits([model.tokenizer.encode(bytes(tokens).decode())], experts)[0, -1]
+            letters = [model.tokenizer.encode(letter)[0] for letter in "ABCD"]
+            right += "ABCD"[logits[letters].argmax()] == arc(index)["answerKey"]
+        assert results.scores[name]["arc_easy"].score == pytest.approx(25 * right)
+        assert results.scores[name]["arc_easy"].documents == 4
+
+
+def question(row: dict) -> str:
+    choices = "".join(f" {label}. {text}\n" for label, text in zip("ABCD", row["choices"]["text"], strict=True))
+    return f"Question: {row['question']}\n{choices}Answer:"
+
+
+def test_the_command(models, data, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "suite"
+    command = ["suite", "--model", f"m={models['merged']}", "--data", str(data), "--limit", "1", "--out", str(out),
+               "--tasks", "arc_easy", "squad", "NewsG", "mbpp"]
+    assert main(command) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["tasks"]["m"]) == {"arc_easy", "squad"} and results["average"] == {"m": None}
+    assert results["groups"] == {"m": {}}, "no group is whole"
+    assert results["skipped"] == {"news_generation": "no --judge-url was given",
+                                  "mbpp": "it runs programs that the model writes, which --run-code allows"}
+    assert "first five documents" in results["notes"]["arc_easy"]["differs"]
+    assert "| arc_easy |" in (out / "results.md").read_text()
+
+    from flexolmo_megatron.evaluation.suites import run
+
+    monkeypatch.setattr(run, "score_task", lambda *_: pytest.fail("it was computed already"))
+    assert main(command) == 0
+    assert main([*command, "--seed", "1"]) == 2
+    assert "holds a run with seed = 0, and this one has 1: name a new directory" in capsys.readouterr().err
+
+
+def test_means_of_parts_and_code(models, data, tmp_path):
+    options = SuiteOptions(["mbpp", "Math2"], data=data, run_code=True)
+    suite = load_suite()
+    for task in ("gsm8k", "minerva_math", "mbpp"):  # fewer new tokens than in earnest
+        for _, leaf, _ in suite.leaves(task):
+            settings = {"until": ["\n"], "max_gen_toks": 4, "do_sample": False}
+            if leaf.config is not None:
+                leaf.config["generation_kwargs"] = settings
+            else:
+                leaf.overrides["generation_kwargs"] = settings
+    results = run_suite(suite, [Candidate("m", models["merged"])], tmp_path / "out", options)
+    assert results.scores["m"]["minerva_math"].documents == 7
+    assert results.groups("m")["Math2"].score == mean_score(list(results.scores["m"].values())[:2]).score
+    assert {name: score.score for name, score in results.scores["m"].items()} == {
+        "gsm8k": 0, "minerva_math": 0, "mbpp": 0}, "a random model can do nothing"
+
+
+def test_averages_by_hand():
+    suite = load_suite()
+    scores = {task: TaskScore(float(index), 1.0, 10) for index, task in enumerate(chosen_tasks(suite, []))}
+    results = SuiteResults(suite, {"m": scores})
+    groups = results.groups("m")
+    assert groups["MC9"].score == pytest.approx(4) and groups["MC9"].stderr == pytest.approx(1 / 3)
+    assert groups["Math2"].score == pytest.approx((18 + 19) / 2)
+    assert results.average("m") == pytest.approx(sum(group.score for group in groups.values()) / 11)
+    assert results.to_markdown().splitlines()[0] == (
+        "| model | MC9 | GEN5 | MMLU | MMLU-Pro | AGIEval | BBH | Math2 | NewsG | PoemG | SciRIFF5 | Code4 | Avg. |")
+
+
+def test_what_is_refused(models, data, tmp_path):
+    suite = load_suite()
+    message = "--tasks arc_eazy: the suite has no such group or task (did you mean 'arc_easy'?): expected some of MC9"
+    with pytest.raises(FlexOlmoError, match=re.escape(message)):
+        chosen_tasks(suite, ["arc_eazy"])
+    with pytest.raises(FlexOlmoError, match="nothing to run: news_generation: no --judge-url was given"):
+        run_suite(suite, [Candidate("m", models["merged"])], tmp_path / "a", SuiteOptions(["NewsG"]))
+    with pytest.raises(FlexOlmoError, match="--limit 0: expected at least 1"):
+        SuiteOptions(limit=0)
+    (data / "boolq").mkdir()
+    with pytest.raises(FlexOlmoError, match="boolq holds no data: expected a file for each split, such as test.jsonl"):
+        run_suite(suite, [Candidate("m", models["merged"])], tmp_path / "b", SuiteOptions(["boolq"], data=data))
+    write(data, "csqa", train=[{"other": 1}], validation=[{"other": 1}])
+    with pytest.raises(FlexOlmoError, match="task csqa: its data tau/commonsense_qa cannot be used"):
+        run_suite(suite, [Candidate("m", models["merged"])], tmp_path / "c", SuiteOptions(["csqa"], data=data))
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ("[mmlu]", "[mnlu]", "names the task 'mnlu', which it does not define (did you mean 'mmlu'?)"),
+    ("process_docs: squad", "process_docs: squat", "task 'squad' has process_docs = 'squat' (did you mean 'squad'?)"),
+    ("groups:", "gruops:", "cannot be read as a suite of tasks"),
+])
+def test_suite_files_with_mistakes(tmp_path, old, new, message):
+    path = tmp_path / "suite.yaml"
+    path.write_text(PAPER.read_text().replace(old, new, 1))
+    with pytest.raises(FlexOlmoError, match=re.escape(message)):
+        load_suite(path)
