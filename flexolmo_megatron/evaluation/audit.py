@@ -31,7 +31,7 @@ from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.audit_passages import Passage, sample_passages
 from flexolmo_megatron.evaluation.audit_results import AuditResults, Rate, Similarity
 from flexolmo_megatron.evaluation.audit_state import AuditState
-from flexolmo_megatron.evaluation.candidates import Candidate
+from flexolmo_megatron.evaluation.candidates import Candidate, file_stamp
 from flexolmo_megatron.evaluation.compare import Options, check_inputs
 from flexolmo_megatron.inference.generate import Sampling, generate_tokens
 from flexolmo_megatron.inference.model import Model, load_model
@@ -155,13 +155,6 @@ def with_opt_outs(candidates: Sequence[Candidate]) -> list[Candidate]:
     return rows
 
 
-def _files(path: Path) -> str:
-    """Names, sizes and times of a checkpoint's files, hashed: whether it is still the same."""
-    files = sorted((str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
-                   for file in path.rglob("*") if file.is_file())
-    return hashlib.sha256(repr(files).encode()).hexdigest()
-
-
 @dataclass
 class _Corpora:
     """The passages of each corpus, which are drawn once per tokenizer."""
@@ -230,7 +223,7 @@ def audit(candidates: Sequence[Candidate], corpora: Mapping[str, Sequence[str]],
         "attack": asdict(attack),
         "models": {candidate.name: {"path": str(candidate.path), "only": list(candidate.only),
                                     "without": list(candidate.without)} for candidate in candidates},
-        "files": {str(candidate.path): _files(candidate.path) for candidate in candidates},
+        "files": {str(candidate.path): file_stamp(candidate.path) for candidate in candidates},
         "corpora": {corpus: list(files) for corpus, files in corpora.items()},
         "dtype": options.dtype, "rows": options.rows, "text_key": options.text_key, "texts": texts,
     }

@@ -1,5 +1,6 @@
 """What is to be compared, as a user writes it: models with all or some of their experts, and domains."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,13 @@ class Candidate:
         if self.only:
             return [name for name in known if name in self.only or name == PUBLIC]
         return [name for name in known if name not in self.without]
+
+
+def file_stamp(path: Path) -> str:
+    """Names, sizes and times of the files in ``path``, hashed: whether a checkpoint is still the same."""
+    files = sorted((str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
+                   for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
 def parse_candidate(text: str) -> Candidate:

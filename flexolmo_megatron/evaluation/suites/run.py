@@ -12,7 +12,7 @@ import torch
 
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.errors import FlexOlmoError, nearest
-from flexolmo_megatron.evaluation.candidates import Candidate
+from flexolmo_megatron.evaluation.candidates import Candidate, file_stamp
 from flexolmo_megatron.evaluation.suites.judge import Judge
 from flexolmo_megatron.evaluation.suites.load import Suite, SuiteTask, build_task, harness_tasks
 from flexolmo_megatron.evaluation.suites.results import SuiteResults, TaskScore, mean_score
@@ -112,6 +112,9 @@ class _Done:
         if (out / SETUP).exists():
             before = read_json(out / SETUP, "the settings of a suite's run")
             for name, value in setup.items():
+                if before.get(name) != value and name == "files":
+                    raise FlexOlmoError(f"{out} holds a run of models whose files have changed since: name a new "
+                                        "directory, or remove this one")
                 if before.get(name) != value:
                     raise FlexOlmoError(f"{out} holds a run with {name} = {before.get(name)}, and this one has "
                                         f"{value}: name a new directory, or remove this one")
@@ -162,6 +165,7 @@ def run_suite(suite: Suite, candidates: Sequence[Candidate], out: Path, options:
         "judge": None if options.judge is None else options.judge.model,
         "models": {candidate.name: {"path": str(candidate.path), "only": list(candidate.only),
                                     "without": list(candidate.without)} for candidate in candidates},
+        "files": {str(candidate.path): file_stamp(candidate.path) for candidate in candidates},
     }
     done = _Done(out, setup)
     scores: dict[str, dict[str, TaskScore]] = {candidate.name: {} for candidate in candidates}

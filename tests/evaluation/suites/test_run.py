@@ -8,6 +8,7 @@ import pytest
 from flexolmo_megatron.cli import main
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.candidates import Candidate
+from flexolmo_megatron.evaluation.suites.judge import Judge
 from flexolmo_megatron.evaluation.suites.load import PAPER, load_suite
 from flexolmo_megatron.evaluation.suites.results import SuiteResults, TaskScore, mean_score
 from flexolmo_megatron.evaluation.suites.run import SuiteOptions, chosen_tasks, run_suite
@@ -118,6 +119,38 @@ def test_means_of_parts_and_code(models, data, tmp_path):
     assert results.groups("m")["Math2"].score == mean_score(list(results.scores["m"].values())[:2]).score
     assert {name: score.score for name, score in results.scores["m"].items()} == {
         "gsm8k": 0, "minerva_math": 0, "mbpp": 0}, "a random model can do nothing"
+
+
+class SomeJudge(Judge):
+    """Half of all points, and remembers what it was asked."""
+
+    asked: list = []
+
+    def score(self, kind, reference, generated, about=""):
+        self.asked.append((kind, reference, list(generated)))
+        return [0.25 if index % 2 else 0.75 for index in range(len(generated))]
+
+
+def test_judged_tasks_and_papers(models, data, tmp_path):
+    articles = [{"text": " ".join(f"{name}{index}" for index in range(36))} for name in "abcdefg"]
+    write(data, "news_generation", retain1=articles[:5], forget=articles[5:])
+    papers = [{"input": f"Do.\n\nQuestion: is {index}?\n\nContext: it is.", "output": "yes"} for index in range(6)]
+    write(data, "sciriff_bioasq_yesno_qa", train=papers[:5], test=papers[5:])
+    write(data, "sciriff_bioasq_factoid_qa", train=papers[:5], test=papers[5:])
+    suite = load_suite()
+    for task in ("news_generation", "sciriff_bioasq_factoid_qa"):
+        suite.tasks[task].config["generation_kwargs"] |= {"max_gen_toks": 6}
+    judge = SomeJudge("http://nowhere", "some")
+    results = run_suite(suite, [Candidate("m", models["merged"])], tmp_path / "out", SuiteOptions(
+        ["NewsG", "sciriff_bioasq_yesno_qa", "sciriff_bioasq_factoid_qa"], data=data, judge=judge))
+    scores = results.scores["m"]
+    assert scores["news_generation"].score == pytest.approx(100 * (3 * 0.75 + 2 * 0.25) / 5)
+    assert results.groups("m") == {"NewsG": scores["news_generation"]}
+    assert [(kind, reference) for kind, reference, _ in judge.asked] == [
+        ("news article", article["text"]) for article in articles[5:]]
+    for (_, reference, generated) in judge.asked:
+        assert len(set(generated)) == 5 and all(text.startswith(reference[:20]) for text in generated)
+    assert scores["sciriff_bioasq_yesno_qa"].score in (0, 100) and 0 <= scores["sciriff_bioasq_factoid_qa"].score <= 100
 
 
 def test_averages_by_hand():
