@@ -217,6 +217,9 @@ def _check(config: CompareConfig) -> None:
         raise FlexOlmoError("owners is empty: expected at least one owner with documents")
     for owner in config.owners:
         check_expert_name(owner)
+        if "." in owner or owner in ("average", "mixed"):
+            raise FlexOlmoError(f"owners.{owner}: expected a name without a dot, and other than average and mixed, "
+                                "which are columns of the table")
     for name, value, known in (*(("methods", value, list(FAMILIES)) for value in config.methods),
                                ("setting", config.setting, list(SETTINGS)),
                                *(("ablations", value, list(ABLATIONS)) for value in config.ablations)):

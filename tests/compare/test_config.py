@@ -19,6 +19,7 @@ from flexolmo_megatron.errors import FlexOlmoError
     ("steps.owner=0", "steps.owner = 0: expected at least 1"),
     ("top_k=4", "top_k = 4: expected 1 to 3, all experts"),
     ("owners={}", "owners is empty"),
+    ("owners.mixed={train: [a], valid: [b]}", "owners.mixed: expected a name without a dot, and other than average"),
     ("variants.paper={expert.bias: false}", "'paper' is the name of a usual ablation"),
     ("variants.x=3", "variants.x = 3: expected options"),
     ("variants.x={setting: best}", "variants.x.setting = 'best': expected one of default, paper"),

@@ -8,6 +8,7 @@ import pytest
 from flexolmo_megatron.compare.config import load_compare
 from flexolmo_megatron.compare.plan import Comparison, build_comparison
 from flexolmo_megatron.compare.slurm import plan_arrays
+from flexolmo_megatron.config.load import save_config
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.methods import build_methods
 
@@ -99,6 +100,14 @@ def test_slurm_arrays_follow_the_levels(config_file: str, tmp_path: Path) -> Non
         subprocess.run(["bash", "-n", str(script)], check=True)
     assert sum(job.text.count("\n    seed_1/") + job.text.count("\n    data/") + job.text.count("\n    proxies/")
                for job in jobs) == len(comparison.plan.steps) - 1  # and the report
+
+
+def test_jobs_read_the_same_comparison_from_what_is_saved(config_file: str, tmp_path: Path) -> None:
+    config = load_compare(config_file, ["variants.no noise={expert.routing_noise: 0}", "owner.optimizer.lr=1e-4"])
+    save_config(config, tmp_path / "launch.yaml")
+    first, second = build_comparison(config), build_comparison(load_compare(str(tmp_path / "launch.yaml")))
+    assert [first.plan.digest(name) for name in first.plan.steps] == [
+        second.plan.digest(name) for name in second.plan.steps]
 
 
 def test_slurm_options_are_checked(config_file: str) -> None:
