@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from flexolmo_megatron.commands.documents import add_text_key_option, usable_processors
+from flexolmo_megatron.commands.documents import add_text_key_option, add_where_options
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -20,9 +20,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
                         help="byte (256 bytes and an end-of-document token), or the name or folder of a Hugging Face "
                              "tokenizer; must be the model's (default: %(default)s)")
     add_text_key_option(parser)
-    parser.add_argument("--workers", type=int, default=usable_processors(), metavar="N",
-                        help="processes that tokenize; the output does not depend on it (default: the usable "
-                             "processors, here %(default)s)")
+    add_where_options(parser)
     parser.add_argument("--max-bad", type=int, default=100, metavar="N",
                         help="how many empty or broken documents are skipped before the run stops "
                              "(default: %(default)s)")
@@ -36,11 +34,13 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run ``flexolmo data``."""
+    from flexolmo_megatron.shards.run import Where
     from flexolmo_megatron.training.preprocess import preprocess
     from flexolmo_megatron.training.tokenizer import tokenizer_spec
 
     written, bad = preprocess(args.inputs, args.out, tokenizer=tokenizer_spec(args.tokenizer), text_key=args.text_key,
-                              workers=args.workers, max_bad=args.max_bad, valid_share=args.valid_share, seed=args.seed)
+                              workers=args.workers, max_bad=args.max_bad, valid_share=args.valid_share, seed=args.seed,
+                              shards=Where.of(args.workers, args.slurm) if args.slurm else None)
     for prefix, info in written.items():
         print(f"{prefix}: {info.documents:,} documents, {info.tokens:,} tokens, "
               f"{info.text_bytes / 1e6:,.1f} MB of text")

@@ -37,7 +37,7 @@ from flexolmo_megatron.domain.proxy_duplicates import (
     join_signatures,
 )
 from flexolmo_megatron.domain.proxy_selection import Selection, select
-from flexolmo_megatron.domain.proxy_state import ProxyState, as_counter, counter_arrays, file_identity
+from flexolmo_megatron.domain.proxy_state import ProxyState, as_counter, counter_arrays
 from flexolmo_megatron.domain.sample import reservoir_sample
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.plots import plot_scores
@@ -133,7 +133,7 @@ def select_proxies(owner: Sequence[str], public: Sequence[str], out: str | os.Pa
     both = {path.resolve() for path in owner_files} & {path.resolve() for path in public_files}
     if both:
         raise FlexOlmoError(f"{min(both)} is named both as the owner's and as public: expected different files")
-    state = ProxyState(out, _plan(owner_files, public_files, options))
+    state = ProxyState(out, _plan(options), {"owner files": owner_files, "public files": public_files})
     known, owner_skipped = _owner_signatures(state, owner_files, options)
     quality = state.quality()
     if quality is None:
@@ -155,13 +155,11 @@ def select_proxies(owner: Sequence[str], public: Sequence[str], out: str | os.Pa
     return ProxyResult(report, scored, seconds, where)
 
 
-def _plan(owner_files: list[Path], public_files: list[Path], options: ProxyOptions) -> dict[str, Any]:
+def _plan(options: ProxyOptions) -> dict[str, Any]:
     keys = ["classifier", "documents", "seed", "text_key"]
     if options.classifier != LINEAR:
         keys += ["learning_rate", "epochs", "batch_size", "max_tokens"]
-    return {"version": FORMAT_VERSION, **{key: getattr(options, key) for key in keys},
-            "owner files": [file_identity(path) for path in owner_files],
-            "public files": [file_identity(path) for path in public_files]}
+    return {"version": FORMAT_VERSION, **{key: getattr(options, key) for key in keys}}
 
 
 def _owner_signatures(state: ProxyState, files: list[Path], options: ProxyOptions) -> tuple[int, Counter[str]]:

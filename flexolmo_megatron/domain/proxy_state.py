@@ -1,23 +1,22 @@
 """What a run of proxy selection has done so far, in a folder of its own, so that the next start goes on with it.
 
 The folder holds the classifier, signatures of the owner's documents, and the scores of every part of the public files
-that is done.
-None of it is text, yet the classifier and the signatures derive from the owner's documents: it stays with the owner,
-and goes when the run ends well.
+that is done, and meanwhile the texts of public documents that may become proxies. Nothing else in it is text, yet the
+classifier and the signatures derive from the owner's documents: it stays with the owner, and goes when the run ends
+well.
 """
 
-import json
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import atomic_file, read_json, write_json
+from flexolmo_megatron.shards.run import open_state
 
-_PLAN = "plan.json"
 _CLASSIFIER = "classifier"
 _QUALITY = "quality.json"
 
@@ -35,12 +34,6 @@ class Scores(NamedTuple):
     """Number of unusable documents of each kind."""
 
 
-def file_identity(path: Path) -> list[Any]:
-    """What changes if a file does: its path, size and time of change."""
-    status = path.stat()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
-
-
 def counter_arrays(counter: Counter[str]) -> dict[str, np.ndarray]:
     """A counter as arrays ``kinds`` and ``counts``."""
     return {"kinds": np.array(list(counter), "U64"), "counts": np.array(list(counter.values()), np.int64)}
@@ -54,31 +47,17 @@ def as_counter(arrays: dict[str, np.ndarray]) -> Counter[str]:
 class ProxyState:
     """The folder ``OUT.state`` next to the output."""
 
-    def __init__(self, out: Path, plan: dict[str, Any]) -> None:
+    def __init__(self, out: Path, plan: dict[str, Any], files: dict[str, Sequence[Path]]) -> None:
         """Open the folder of an earlier start, or make one.
 
         Args:
             out: the output.
-            plan: everything that the scores depend on.
+            plan: everything that the scores depend on, beside the ``files``.
 
         Raises:
             FlexOlmoError: the folder is of a run with another plan, or cannot be made.
         """
-        self.folder = out.absolute().with_name(f"{out.name}.state")
-        plan = json.loads(json.dumps(plan))
-        if (self.folder / _PLAN).exists():
-            earlier = read_json(self.folder / _PLAN, "the plan of an earlier start")
-            changed = [key for key in plan if not isinstance(earlier, dict) or earlier.get(key) != plan[key]]
-            if changed:
-                raise FlexOlmoError(f"{self.folder} is what an earlier start with another choice of "
-                                    f"{', '.join(changed)} has left: repeat that choice to go on with it, or remove "
-                                    "the folder")
-        else:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise FlexOlmoError(f"cannot make the folder {self.folder}: {error.strerror}") from error
-            write_json(self.folder / _PLAN, plan)
+        self.folder = open_state(out, plan, files)
 
     def array_file(self, name: str) -> Path:
         """Where arrays are kept under ``name``."""

@@ -13,6 +13,9 @@ from flexolmo_megatron.errors import FlexOlmoError, first_line, nearest
 _UNSEEN = ("self", "exclusion_writer", "batch_size")
 """Parameters of filters that are no options."""
 
+_OF_WORDS = ("gopher_quality", "gopher_repetition", "c4_quality", "fineweb_quality")
+"""Filters that split texts of a ``language`` into words."""
+
 FILTERS = {
     "gopher_quality": ("datatrove.pipeline.filters", "GopherQualityFilter"),
     "gopher_repetition": ("datatrove.pipeline.filters", "GopherRepetitionFilter"),
@@ -52,6 +55,10 @@ class FilterSpec:
         """
         try:
             step = _class(self.name)(**self.options)
+            if self.name in _OF_WORDS:
+                from datatrove.utils.word_tokenizers import load_word_tokenizer
+
+                load_word_tokenizer(step.language)  # whether there is one, rather than at the first document
         except ImportError as error:
             raise FlexOlmoError(f"the filter {self.name} lacks a package: {first_line(error)}") from error
         except ValueError as error:

@@ -17,6 +17,8 @@ from flexolmo_megatron.training.document_pool import work
 
 def keep_off_the_terminal() -> None:
     """Let datatrove in this process log to files alone: it adds a log on standard error for each task anew."""
+    if isinstance(logging.sys, SimpleNamespace):
+        return
     logging.sys = SimpleNamespace(stderr=open(os.devnull, "w"))  # noqa: SIM115
     logging.setup_default_logger()
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import read_json, write_json
+from flexolmo_megatron.shards import require_datatrove
 from flexolmo_megatron.training.progress import DocumentProgress
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Where:
             raise FlexOlmoError(f"--workers {workers}: expected a number of at least 1")
         if slurm is None:
             return cls(workers)
+        require_datatrove("--slurm")
         from flexolmo_megatron.shards.slurm import load_slurm_options
 
         return cls(workers, load_slurm_options(slurm))

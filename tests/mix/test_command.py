@@ -104,8 +104,8 @@ def test_processes_and_a_stop_change_nothing(world, monkeypatch, capfd):
 
 @pytest.mark.parametrize("words, message", [
     (["new"], "unknown recipe 'new' (did you mean 'news'?); expected a YAML file, or one of academic, code, "),
-    (["news", "--source", "dclm_base=x", "--out", "y"], "--source dclm_base: recipe news has no such source (did you mean "
-                                                   "'dclm_baseline'?); it has dclm_baseline"),
+    (["news", "--source", "dclm_base=x", "--out", "y"], "--source dclm_base: recipe news has no such source (did you "
+                                                        "mean 'dclm_baseline'?); it has dclm_baseline"),
     (["news", "--source", "x", "--out", "y"], "--source x: expected NAME=FILES, as in dclm_baseline='*.jsonl'"),
     (["news", "--source", "dclm_baseline=nowhere.jsonl", "--out", "y"], "nowhere.jsonl does not exist; expected "),
     (["news", "--source", "dclm_baseline=x"], "--out is missing: expected a new folder"),

@@ -97,6 +97,7 @@ def test_language_and_fasttext(fasttext_model):
      r"^recipe x: filter gopher_quality: unknown option 'min_doc_word' \(did you mean 'min_doc_words'\?\)$"),
     ({"gopher_quality": {"exclusion_writer": 3}}, "filter gopher_quality: unknown option 'exclusion_writer'$"),
     ({"gopher_quality": {"min_doc_words": "many"}}, "min_doc_words = 'many': expected a number$"),
+    ({"gopher_quality": {"language": "klingon"}}, "^the filter gopher_quality: Language 'klingon' doesn't have a tok"),
     ({"c4_quality": {"filter_policy": 1}}, "filter_policy = 1: expected true or false$"),
     ({"number": {}}, "^recipe x: filter number: the option 'key' is missing$"),
     ({"length": {}, "url": {}}, "expected a name, or a mapping of one name to its options$"),

@@ -15,7 +15,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from flexolmo_megatron.commands import data as data_command
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.training import document_pool
+from flexolmo_megatron.shards.run import Where
+from flexolmo_megatron.training import document_pool, preprocess_steps
 from flexolmo_megatron.training.dataset_info import DatasetInfo
 from flexolmo_megatron.training.preprocess import preprocess
 from flexolmo_megatron.training.tokenizer import load_tokenizer
@@ -74,6 +75,46 @@ def test_output_does_not_depend_on_the_number_of_processes(tmp_path, monkeypatch
     for name in ("train.bin", "train.idx", "train.json", "valid.bin", "valid.idx", "valid.json"):
         first, *others = ((tmp_path / f"{workers}_{name}").read_bytes() for workers in (1, 2, 3))
         assert others == [first, first]
+
+
+def test_files_tokenized_apart_give_bitwise_the_same(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [*TEXTS[:150], " "])
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS[150:])
+    (tmp_path / "c.jsonl").touch()
+    arguments = {"inputs": [str(tmp_path / "*.jsonl*")], "tokenizer": BYTE, "valid_share": 0.3, "seed": 2}
+    expected = preprocess(out=tmp_path / "here", **arguments)
+    found = preprocess(out=tmp_path / "apart", shards=Where(2), **arguments)
+    assert list(found[0].values()) == list(expected[0].values()) and found[1].counts == expected[1].counts
+    for suffix in (".bin", ".idx", ".json"):
+        for side in ("train", "valid"):
+            assert ((tmp_path / f"apart_{side}{suffix}").read_bytes()
+                    == (tmp_path / f"here_{side}{suffix}").read_bytes()), (side, suffix)
+    assert not (tmp_path / "apart.state").exists()
+
+
+def test_tokenizing_apart_goes_on_after_a_stop(tmp_path, monkeypatch):
+    for name in "abc":
+        write_jsonl(tmp_path / f"{name}.jsonl", TEXTS[:20])
+    arguments = {"inputs": [str(tmp_path / "*.jsonl")], "tokenizer": BYTE, "shards": Where(1)}
+    tokenized = []
+    run = preprocess_steps.Tokenize.run
+
+    def stop_at_the_second(self, data, rank=0, world_size=1):
+        tokenized.append(rank)
+        if tokenized == [0, 1]:
+            raise KeyboardInterrupt
+        return run(self, data, rank, world_size)
+
+    monkeypatch.setattr(preprocess_steps.Tokenize, "run", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(out=tmp_path / "set", **arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "c.jsonl", "set.state"]
+    with pytest.raises(FlexOlmoError, match="set.state is what an earlier start with another choice of seed has left"):
+        preprocess(out=tmp_path / "set", seed=1, **arguments)
+    preprocess(out=tmp_path / "set", **arguments)
+    assert tokenized == [0, 1, 1, 2]
+    assert documents(tmp_path / "set") == TEXTS[:20] * 3
 
 
 def test_valid_share_splits_by_text_and_seed(tmp_path):
