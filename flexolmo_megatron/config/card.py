@@ -6,6 +6,7 @@ directory that it exports (transformers ignores it; a directory without one gets
 It may come from a stranger, within a published anchor or a merged model: ``ModelCard.load`` checks every value.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -134,6 +135,19 @@ class ModelCard:
     def save(self, directory: Path) -> None:
         """Write the card into ``directory``."""
         write_json(directory / CARD_FILE, {"format_version": FORMAT_VERSION, **asdict(self)})
+
+    def to_json(self) -> str:
+        """The card as text, for places that keep no file; ``from_json`` reads it."""
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> "ModelCard":
+        """Read what ``to_json`` made.
+
+        Raises:
+            FlexOlmoError: it is broken, of another format version, or one of its values is impossible.
+        """
+        return _parse(text.encode())
 
     @classmethod
     def load(cls, directory: Path) -> "ModelCard":

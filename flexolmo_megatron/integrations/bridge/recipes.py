@@ -1,0 +1,208 @@
+"""Training in Megatron-Bridge's own trainer: recipes, with what ``flexolmo train`` starts from, freezes and reads.
+
+Not covered: router tuning, and the options that ``_WITHOUT`` names.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from megatron.bridge.training import config as bridge
+from megatron.bridge.training import pretrain as trainer
+from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.bridge.training.gpt_step import forward_step
+from megatron.bridge.training.tokenizers.config import TokenizerConfig
+from megatron.bridge.training.utils.checkpoint_utils import read_run_config
+from megatron.core.models.gpt import GPTModel
+from megatron.core.utils import get_model_config
+
+from flexolmo_megatron.config.card import CARD_FILE, ModelCard
+from flexolmo_megatron.config.load import load_config
+from flexolmo_megatron.config.train import TrainConfig
+from flexolmo_megatron.convert.megatron import METADATA_FILE
+from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.integrations.bridge.models import FlexOlmoProvider, provider
+from flexolmo_megatron.model.router import hold_biases_at_zero
+from flexolmo_megatron.model.weights import load_weights
+from flexolmo_megatron.runtime.setup import world_size
+from flexolmo_megatron.training.freezing import FrozenMark
+from flexolmo_megatron.training.planning import plan
+from flexolmo_megatron.training.run import run_datasets
+from flexolmo_megatron.training.run_plan import Plan
+from flexolmo_megatron.training.start import fill_pair, name_anchor
+
+_WITHOUT = ("optimizer.router_lr", "expert.domain_loss_coeff", "fp8.recipe", "stop_after")
+
+
+def flexolmo_anchor(overrides: Sequence[str] = (), preset: str | None = None) -> bridge.ConfigContainer:
+    """Recipe of a new dense anchor; see ``flexolmo_expert``."""
+    return _recipe("anchor", overrides, preset)
+
+
+def flexolmo_expert(overrides: Sequence[str] = (), preset: str | None = None) -> bridge.ConfigContainer:
+    """Recipe of an owner's run: the pair with its frozen anchor. Train it with ``pretrain`` of this module.
+
+    Args:
+        overrides: options of ``flexolmo train expert``: ["anchor=anchor/", "expert.name=notes", …].
+        preset: as ``flexolmo train --preset``.
+
+    Returns:
+        Bridge's configuration; any field but the architecture may be changed, as by its OmegaConf overrides.
+
+    Raises:
+        FlexOlmoError: as ``flexolmo train`` refuses, and for an option that a run in Bridge does not have.
+    """
+    return _recipe("expert", overrides, preset)
+
+
+def _recipe(mode: Literal["anchor", "expert"], overrides: Sequence[str], preset: str | None) -> bridge.ConfigContainer:
+    config = load_config(TrainConfig, preset=preset, overrides=overrides)
+    for name in _WITHOUT:
+        if attrgetter(name)(config):
+            raise FlexOlmoError(f"{name} = {attrgetter(name)(config)}: not available in Megatron-Bridge; expected no "
+                                "value, or `flexolmo train`")
+    planned = plan(mode, config, world_size())
+    parallel, settings = config.parallel, config.optimizer
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    model = provider(
+        planned.card,
+        dtype,
+        anchor_ffn_hidden_size=planned.anchor_ffn_hidden_size,
+        seq_length=config.data.seq_length,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        **({} if mode == "anchor" else {"moe_z_loss_coeff": config.moe_z_loss_coeff or None}),
+    )
+    model.register_pre_wrap_hook(lambda chunks: _fill(chunks, model, planned, config))
+    on_cuda = torch.cuda.is_available()
+    return bridge.ConfigContainer(
+        model=model,
+        train=bridge.TrainingConfig(
+            train_iters=config.train_iters,
+            micro_batch_size=config.micro_batch_size,
+            global_batch_size=config.global_batch_size,
+            eval_interval=config.eval_interval or config.train_iters,
+            eval_iters=config.eval_iters if config.data.valid else 0,
+        ),
+        optimizer=bridge.OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            clip_grad=settings.clip_grad,
+            bf16=config.bf16,
+            params_dtype=dtype,
+            use_distributed_optimizer=settings.use_distributed_optimizer,
+        ),
+        scheduler=bridge.SchedulerConfig(
+            lr_decay_style=settings.lr_decay_style,
+            lr_warmup_iters=settings.lr_warmup_iters,
+            lr_decay_iters=config.train_iters,
+            lr_wsd_decay_iters=settings.lr_wsd_decay_iters or None,
+            start_weight_decay=settings.weight_decay,
+            end_weight_decay=settings.weight_decay,
+        ),
+        ddp=bridge.DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=settings.use_distributed_optimizer
+        ),
+        dataset=RunData(config, planned.card),
+        logger=bridge.LoggerConfig(log_interval=config.log_interval),
+        tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=planned.card.model.vocab_size),
+        checkpoint=bridge.CheckpointConfig(
+            save=config.out, load=config.out, save_interval=config.save_interval or config.train_iters,
+            most_recent_k=config.keep, async_save=config.async_save,
+        ),
+        rng=bridge.RNGConfig(seed=config.seed),
+        dist=bridge.DistributedInitConfig(
+            distributed_backend="nccl" if on_cuda else "gloo",
+            distributed_timeout_minutes=config.distributed_timeout_minutes,
+        ),
+    )
+
+
+def _fill(chunks: list[GPTModel], model: FlexOlmoProvider, planned: Plan, config: TrainConfig) -> list[GPTModel]:
+    """Bridge's pre-wrap hook: weights, and for a pair what trains, before DDP and optimizer look."""
+    if planned.card.kind == "pair":
+        fill_pair(chunks, planned.anchor, name_anchor(planned, config))
+    else:
+        load_weights(chunks, planned.source)
+    model.flexolmo_card = planned.card.to_json()  # which the digest of the anchor is in now
+    return chunks
+
+
+class RunData(bridge.DatasetProvider):
+    """The data of a run, checked and ordered as ``flexolmo train`` does.
+
+    Args:
+        config: of the run; no field, so that Bridge's overrides leave it as it is.
+        card: what is trained.
+    """
+
+    def __init__(self, config: TrainConfig, card: ModelCard) -> None:
+        super().__init__(dataloader_type="single", num_workers=0)
+        self.config, self.card = config, card
+
+    def build_datasets(self, context: bridge.DatasetBuildContext) -> tuple[Any, Any, Any]:
+        """Training and validation samples, as many as Bridge asks for; no test samples."""
+        batch = self.config.global_batch_size
+        sized = replace(
+            self.config, train_iters=context.train_samples // batch, eval_iters=context.valid_samples // batch
+        )
+        return tuple(run_datasets(sized, self.card))
+
+
+class _Run(Callback):
+    """What Bridge's trainer has no configuration for: biases that stay at or below 0, and proof of the frozen bits."""
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        settings = get_model_config(context.model[0])
+        finalize = settings.finalize_model_grads_func
+
+        def finalize_and_hold(chunks: list[Any], *args: Any, **options: Any) -> None:
+            finalize(chunks, *args, **options)
+            for chunk in chunks:
+                hold_biases_at_zero(chunk)
+
+        settings.finalize_model_grads_func = finalize_and_hold
+        self._frozen = FrozenMark(context.model)
+
+    def on_train_end(self, context: CallbackContext) -> None:
+        self._frozen.check()
+
+
+def pretrain(container: bridge.ConfigContainer, callbacks: Sequence[Callback] = ()) -> None:
+    """Bridge's ``pretrain`` of a container from this module's recipes; its checkpoints get cards.
+
+    Raises:
+        RuntimeError: a frozen parameter has changed (a defect of this package).
+    """
+    save = container.checkpoint.save
+    if save and Path(save).is_dir():
+        write_cards(Path(save))  # of a run that was killed
+    trainer.pretrain(container, forward_step, callbacks=[_Run(), *callbacks])
+    if save:
+        write_cards(Path(save))
+
+
+def write_cards(save: Path) -> None:
+    """Write ``flexolmo.json`` into the complete checkpoints of a run; then `flexolmo pack SAVE` and others read them.
+
+    Args:
+        save: folder of the run, with ``iter_0000100`` and so on; trusted, like every Megatron checkpoint.
+    """
+    for folder in sorted(save.glob("iter_*")):
+        if (folder / METADATA_FILE).is_file() and not (folder / CARD_FILE).exists():
+            run = read_run_config(str(folder / "run_config.yaml"))
+            card, steps = ModelCard.from_json(run["model"]["flexolmo_card"]), int(folder.name.removeprefix("iter_"))
+            tokens = steps * run["train"]["global_batch_size"] * run["model"]["seq_length"]
+            card.training = {"tokens": tokens, "steps": steps, "lr": run["optimizer"]["lr"], "seed": run["rng"]["seed"]}
+            card.save(folder)
