@@ -130,6 +130,14 @@ def model_provider(path: str, dtype: torch.dtype = torch.bfloat16, **options: An
     return made
 
 
+class _RowMapping(RowParallelMapping):
+    """Bridge's, whose parts are views with gaps: it sends what lies in memory where nothing has copied them."""
+
+    def scatter_to_tp_ranks(self, splits: list[torch.Tensor] | None, *args: Any, **options: Any) -> torch.Tensor:
+        """Send each tensor-parallel rank its part."""
+        return super().scatter_to_tp_ranks(splits and [part.contiguous() for part in splits], *args, **options)
+
+
 class _LocalExpert:
     """An expert of SequentialMLP, which Bridge 0.3.1 cannot export: it looks for an expert's number at a name's end."""
 
@@ -147,7 +155,7 @@ class _LocalGatedMLP(_LocalExpert, GatedMLPMapping):
     pass
 
 
-class _LocalRow(_LocalExpert, RowParallelMapping):
+class _LocalRow(_LocalExpert, _RowMapping):
     pass
 
 
@@ -160,7 +168,7 @@ def _mappings(rule: Rule) -> list[MegatronParamMapping]:
         local = key.replace(".experts.experts.", ".experts.local_experts.*.")
         if len(names) == 2:
             return [GatedMLPMapping(grouped, *names), _LocalGatedMLP(local, *names)]
-        return [RowParallelMapping(grouped, *names), _LocalRow(local, *names)]
+        return [_RowMapping(grouped, *names), _LocalRow(local, *names)]
     if rule.interleaved:
         return [QKVMapping(key, *names)]
     if len(names) == 2:
@@ -168,7 +176,7 @@ def _mappings(rule: Rule) -> list[MegatronParamMapping]:
     (letters,) = rule.parts.values()
     if letters[0] in "Vqk":
         return [ColumnParallelMapping(key, *names)]
-    return [(RowParallelMapping if letters[1:] in ("q", "f") else ReplicatedMapping)(key, *names)]
+    return [(_RowMapping if letters[1:] in ("q", "f") else ReplicatedMapping)(key, *names)]
 
 
 class FlexOlmoBridge(MegatronModelBridge):
