@@ -17,7 +17,7 @@ from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.integrations.megatron_lm.__main__ import find_tree
 from flexolmo_megatron.integrations.megatron_lm.arguments import LaunchArguments, dense_card
 from flexolmo_megatron.integrations.megatron_lm.cards import write_cards
-from flexolmo_megatron.integrations.megatron_lm.model import OwnersModel
+from flexolmo_megatron.integrations.megatron_lm.model import OwnersModel, _check_checkpoints
 from flexolmo_megatron.integrations.megatron_lm.specs import DENSE, MOE, PAIR
 from flexolmo_megatron.model.builder import block_spec
 from flexolmo_megatron.model.config import transformer_config
@@ -161,6 +161,16 @@ def test_cards_are_written_from_the_arguments_in_the_checkpoint(tmp_path):
     assert not (torn / "flexolmo.json").exists()
     assert newest_checkpoint(tmp_path) == second
     assert ModelCard.load(second) == replace(card, training={"tokens": 768, "steps": 6, "lr": 5e-3, "seed": 1})
+
+
+def test_a_launch_goes_on_with_checkpoints_of_its_own_run_alone(tmp_path):
+    card = replace(random_model("pair", 2, 2).card, anchor_digest="a" * 64)
+    _checkpoint(tmp_path, 3, card)
+    args = argparse.Namespace(save=str(tmp_path), load=str(tmp_path))
+    _check_checkpoints(args, card)
+    with pytest.raises(FlexOlmoError, match="iter_0000003 belongs to another run: its anchor digest is a{64}, this "
+                                            "run's is b{64}"):
+        _check_checkpoints(args, replace(card, anchor_digest="b" * 64))
 
 
 def test_checkpoints_of_other_launches_are_refused(tmp_path):
