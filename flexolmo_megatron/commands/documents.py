@@ -22,7 +22,7 @@ def add_where_options(parser: argparse.ArgumentParser, note: str = "") -> None:
                              "usable processors, here %(default)s)")
     parser.add_argument("--slurm", metavar="FILE",
                         help="work in tasks of a Slurm job array instead, and wait for them: a YAML file with "
-                             "partition and time, as in 04:00:00, and if need be tasks (that run at once: 100), "
+                             "partition and time, as in '04:00:00', and if need be tasks (that run at once: 100), "
                              "cpus_per_task (1), memory (of a processor: 4G), account, qos, setup (a list of shell "
                              "commands) and sbatch (further options by name). Files and output must be on a file "
                              "system that all nodes see")

@@ -18,6 +18,7 @@ from omegaconf import MISSING
 from flexolmo_megatron.config.load import load_config
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import atomic_file
+from flexolmo_megatron.launch.load import TIME
 from flexolmo_megatron.shards.local import keep_off_the_terminal
 
 _POLL = 2.0
@@ -54,6 +55,9 @@ def load_slurm_options(path: str) -> SlurmOptions:
         FlexOlmoError: it cannot be read, has an unknown key, lacks one, or a value is out of range.
     """
     options = load_config(SlurmOptions, paths=[path])
+    if not TIME.fullmatch(options.time):
+        raise FlexOlmoError(f"{path}: time = {options.time}: expected text in quotes, as '12:00:00' (without quotes, "
+                            "YAML takes it for a number)")
     for key in ("tasks", "cpus_per_task"):
         if getattr(options, key) < 1:
             raise FlexOlmoError(f"{path}: {key} = {getattr(options, key)}: expected a number of at least 1")

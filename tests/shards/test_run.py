@@ -68,9 +68,10 @@ def test_scores_of_parts_are_joined_in_the_order_of_the_file(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
+    ("partition: x\ntime: 12:00:00", r": time = 43200: expected text in quotes, as '12:00:00'"),
     ("partition: x\ntime: 1\ntask: 3", r": unknown option 'task' \(did you mean 'tasks'\?\)$"),
     ("partition: x", "^time has no value; set it in a YAML file or with time="),
-    ("partition: x\ntime: 1\ntasks: 0", ": tasks = 0: expected a number of at least 1$"),
+    ("partition: x\ntime: 1-00:00:00\ntasks: 0", ": tasks = 0: expected a number of at least 1$"),
 ])
 def test_bad_options_of_slurm(tmp_path, text, message):
     (tmp_path / "slurm.yaml").write_text(text)
