@@ -1,0 +1,110 @@
+"""The NeMo plugin in NeMo's own environment (`make .venv-nemo/.installed`), where nemo_runs.py runs."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexolmo_megatron.cli import main
+from flexolmo_megatron.config.load import load_config
+from flexolmo_megatron.config.train import TrainConfig
+from flexolmo_megatron.convert.model import open_model, save_model
+from flexolmo_megatron.training.freezing import TRAINED_BY_OWNER
+from tests.random_models import SIZES, random_model, tensors_of
+from tests.training import runs
+
+ROOT = Path(__file__).parents[2]
+PYTHON = Path(os.environ.get("NEMO_PYTHON", ROOT / ".venv-nemo" / "bin" / "python"))
+INSTALLED = (PYTHON.parents[1] / ".installed").exists() or "NEMO_PYTHON" in os.environ
+needs_nemo = pytest.mark.skipif(not INSTALLED, reason="needs NeMo 2.7.3: make .venv-nemo/.installed")
+
+
+def in_nemo(*words, cwd):
+    """Run tasks of nemo_runs.py."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([str(PYTHON), str(Path(__file__).with_name("nemo_runs.py")), *map(str, words)], cwd=cwd,
+                          env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A trained and published anchor, data and a domain vector (see runs.py)."""
+    return runs.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize("names", ["flexolmo_megatron", "flexolmo_megatron.cli"])
+def test_the_package_alone_imports_no_framework(names):
+    code = (f"import sys, {names}; print([name for name in sys.modules if name.split('.')[0] in "
+            "('nemo', 'nemo_run', 'lightning', 'transformers', 'transformer_engine', 'torch') or "
+            "name.startswith('megatron.')])")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_a_missing_nemo_is_one_sentence_with_the_install_line():
+    code = ("from flexolmo_megatron.errors import FlexOlmoError\ntry:\n    import flexolmo_megatron.integrations.nemo\n"
+            "except FlexOlmoError as error:\n    print(error)")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.startswith("nemo_toolkit is not installed; run: pip install --no-deps nemo_toolkit==2.7.3")
+
+
+@needs_nemo
+def test_hugging_face_models_come_and_go_bitwise_with_the_logits_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    multi_head = replace(SIZES, num_query_groups=SIZES.num_attention_heads)
+    for name, model in {"olmo2_mha": random_model("dense", sizes=multi_head), "flex_gqa": random_model("moe", 3, 2),
+                        "olmo2_gqa": random_model("dense"), "flex_mha": random_model("moe", 3, 2, sizes=multi_head),
+                        }.items():
+        save_model(model, tmp_path / "hf" / name, "hf")
+    tokens = torch.randint(0, SIZES.vocab_size, (2, 16), generator=torch.Generator().manual_seed(1))
+    torch.save(tokens, tmp_path / "tokens.pt")
+    in_nemo("convert", tmp_path, cwd=tmp_path)
+    for path in (tmp_path / "hf").iterdir():
+        before, after = tensors_of(open_model(path)), tensors_of(open_model(tmp_path / "out" / path.name))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        reference = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.load(tmp_path / f"{path.name}.logits.pt"), reference(tokens).logits,
+                                       rtol=0, atol=2e-4)
+
+
+@needs_nemo
+def test_expert_run_has_our_losses_resumes_and_is_packed(world, tmp_path):
+    in_nemo("train", "expert", world, tmp_path, 3, cwd=tmp_path)
+    in_nemo("train", "expert", world, tmp_path, 6, "--", "configs", tmp_path, cwd=tmp_path)
+    first, second = (json.loads((tmp_path / f"expert_{last}.json").read_text()) for last in (3, 6))
+    assert main(runs.expert_options(world, tmp_path / "ours", "optimizer.lr_decay_style=constant")) == 0
+    ours = [row["loss"] for row in runs.metrics(tmp_path / "ours")]
+    # NeMo adds up token losses in fp32, our loop in fp64.
+    assert first["losses"] + second["losses"] == pytest.approx(ours, rel=1e-6)
+    assert (first["step"], second["step"]) == (3, 6)
+
+    trained = first["in optimizer"]
+    assert trained and all(TRAINED_BY_OWNER.search(name) for name in trained)
+    assert len(trained) == 8  # of two layers: two matrices, a row and a bias each
+    assert first["frozen"] > 0
+
+    sizes = json.loads((tmp_path / "configs.json").read_text())
+    for name, preset, experts in (("FlexOlmoConfig", "7b-pair", 0), ("FlexOlmoConfigPair", "7b-pair", 2),
+                                  ("FlexOlmoConfig7x7B", "7b-pair", 7), ("FlexOlmoConfig37B", "37b", 8)):
+        model = load_config(TrainConfig, preset=preset, overrides=["out=.", "data.train=[.]"]).model
+        assert sizes[name]["num_experts"] == experts
+        assert sizes[name]["ffn_hidden_size"] == model.ffn_hidden_size
+    assert sizes["transformers"] == {"num_experts": 7, "num_experts_per_tok": sizes["FlexOlmoConfig7x7B"]["top_k"]}
+    assert sizes["error"].startswith(f"{tmp_path}/nothing does not exist")
+
+    (last,) = (tmp_path / "expert" / "checkpoints").glob("*-last")
+    in_nemo("export", last, tmp_path / "pair", cwd=tmp_path)
+    theirs, mine = tensors_of(open_model(tmp_path / "pair")), tensors_of(open_model(tmp_path / "ours"))
+    assert theirs.keys() == mine.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(tensor, mine[name], rtol=1e-4, atol=1e-5)
+    assert main(["pack", f"{tmp_path}/pair", f"{tmp_path}/package"]) == 0
+    assert main(["verify", f"{tmp_path}/package", "--anchor", f"{world}/anchor"]) == 0
