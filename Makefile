@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 # and packages that are installed without what they ask for.
 FRAMEWORKS := nemo
 ALONE_nemo := nemo_toolkit==2.7.3 megatron-core==0.16.1
+ALONE_bridge := megatron-bridge==0.3.1 megatron-core==0.16.1 nvidia-resiliency-ext==0.4.1
 
 .PHONY: quickstart test lint clean
 
