@@ -34,7 +34,7 @@ from flexolmo_megatron.training.run import run_datasets
 from flexolmo_megatron.training.run_plan import Plan
 from flexolmo_megatron.training.start import fill_pair, name_anchor
 
-_WITHOUT = ("optimizer.router_lr", "expert.domain_loss_coeff", "fp8.recipe", "stop_after")
+_WITHOUT = ("optimizer.router_lr", "expert.domain_loss_coeff", "expert.routing_noise", "fp8.recipe", "stop_after")
 
 
 def flexolmo_anchor(overrides: Sequence[str] = (), preset: str | None = None) -> bridge.ConfigContainer:
