@@ -121,8 +121,8 @@ class CompareConfig:
     embed: dict[str, Any] = field(default_factory=dict)
     """Options of `flexolmo embed` for all domain vectors, for example {embedder: anchor, scale: 2, documents: 1000}."""
     proxy_tokens: int | None = None
-    """Budget of each owner's proxies; by default what router tuning reads of each, at most a fifth of the public
-    data."""
+    """Budget of each owner's proxies; by default what router tuning reads of each, but at least that of twenty
+    documents and at most a fifth of the public data."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)

@@ -39,10 +39,12 @@ def tokenize(files: Sequence[str], tokenizer: str, text_key: str) -> Work:
 
 def proxies(owner: Sequence[str], public: Sequence[str], public_data: Path, tokens: int, tokenizer: str,
             text_key: str) -> Work:
-    """An owner's proxies, at most a fifth of the public data; then as a Megatron data set ``tokens``."""
+    """An owner's proxies, at least twenty documents and at most a fifth of the public data; then as a Megatron data set
+    ``tokens``."""
     def work(folder: Path) -> None:
         if not (folder / "proxies").exists():
-            budget = min(tokens, json.loads(public_data.with_suffix(".json").read_text())["tokens"] // 5)
+            info = json.loads(public_data.with_suffix(".json").read_text())
+            budget = min(max(tokens, 20 * info["tokens"] // info["documents"]), info["tokens"] // 5)
             command("proxy", *owner, "--public", *public, "--out", str(folder / "proxies"), "--tokens", str(budget),
                     "--tokenizer", tokenizer, "--text-key", text_key)
         tokenize([str(folder / "proxies" / "proxies.jsonl")], tokenizer, "text")(folder)
