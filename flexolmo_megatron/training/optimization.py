@@ -19,10 +19,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from flexolmo_megatron.config.train import TrainConfig
 
 
-def build_optimizer(config: TrainConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """AdamW over the parameters that train, with global gradient clipping."""
+def optimizer_config(config: TrainConfig, config_class: type[OptimizerConfig] = OptimizerConfig) -> OptimizerConfig:
+    """Megatron's configuration of AdamW, or another framework's subclass of it."""
     settings = config.optimizer
-    optimizer_config = OptimizerConfig(
+    return config_class(
         optimizer="adam",
         lr=settings.lr,
         min_lr=settings.min_lr,
@@ -35,13 +35,19 @@ def build_optimizer(config: TrainConfig, chunks: list[DistributedDataParallel]) 
         params_dtype=torch.bfloat16 if config.bf16 else torch.float32,
         use_distributed_optimizer=settings.use_distributed_optimizer,
     )
-    overrides = get_standard_config_overrides(optimizer_config)  # no weight decay of norms and biases
+
+
+def build_optimizer(config: TrainConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW over the parameters that train, with global gradient clipping."""
+    settings = config.optimizer
+    megatron_config = optimizer_config(config)
+    overrides = get_standard_config_overrides(megatron_config)  # no weight decay of norms and biases
     if settings.router_lr is not None:
         ratio = settings.router_lr / settings.lr
         # lr_mult has no effect of its own: it is one of the keys by which a loaded checkpoint's groups are told apart.
         override = {"max_lr": settings.router_lr, "min_lr": settings.min_lr * ratio, "lr_mult": ratio}
         overrides[ParamKey(name="*.mlp.router.*")] = ParamGroupOverride(**override)
-    optimizer = get_megatron_optimizer(optimizer_config, chunks, overrides)
+    optimizer = get_megatron_optimizer(megatron_config, chunks, overrides)
     if USING_PYTORCH_OPTIMIZER:
         # Without Transformer Engine and apex upstream takes torch's AdamW, and leaves its fused kernel off.
         for group in optimizer.param_groups:

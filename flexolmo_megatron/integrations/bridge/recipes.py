@@ -29,6 +29,7 @@ from flexolmo_megatron.model.router import hold_biases_at_zero
 from flexolmo_megatron.model.weights import load_weights
 from flexolmo_megatron.runtime.setup import world_size
 from flexolmo_megatron.training.freezing import FrozenMark
+from flexolmo_megatron.training.optimization import optimizer_config
 from flexolmo_megatron.training.planning import plan
 from flexolmo_megatron.training.run import run_datasets
 from flexolmo_megatron.training.run_plan import Plan
@@ -90,19 +91,7 @@ def _recipe(mode: Literal["anchor", "expert"], overrides: Sequence[str], preset:
             eval_interval=config.eval_interval or config.train_iters,
             eval_iters=config.eval_iters if config.data.valid else 0,
         ),
-        optimizer=bridge.OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            min_lr=settings.min_lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.adam_beta1,
-            adam_beta2=settings.adam_beta2,
-            adam_eps=settings.adam_eps,
-            clip_grad=settings.clip_grad,
-            bf16=config.bf16,
-            params_dtype=dtype,
-            use_distributed_optimizer=settings.use_distributed_optimizer,
-        ),
+        optimizer=optimizer_config(config, bridge.OptimizerConfig),
         scheduler=bridge.SchedulerConfig(
             lr_decay_style=settings.lr_decay_style,
             lr_warmup_iters=settings.lr_warmup_iters,
