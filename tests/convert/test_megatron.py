@@ -7,7 +7,6 @@ import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
@@ -17,16 +16,15 @@ from flexolmo_megatron.convert.megatron import open_megatron
 from flexolmo_megatron.convert.megatron_writer import save_megatron
 from flexolmo_megatron.convert.names import MegatronTensor, fill_region, megatron_tensors
 from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.runtime.setup import initialize
 
 from .conftest import assert_same_tensors, lazy_model, save_pretrained
 
 
 @pytest.fixture
-def one_rank():
+def one_rank() -> None:
     """A process group of one, for Megatron's own reader and writer."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    initialize()
 
 
 def full_tensors(model: LazyModel) -> dict[str, torch.Tensor]:
