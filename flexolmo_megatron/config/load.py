@@ -108,7 +108,7 @@ def parse_override(schema: type, override: str) -> DictConfig:
 def _merge(config: DictConfig, values: DictConfig, where: str) -> DictConfig:
     try:
         _reject_unknown(config, values, where, "")
-        return OmegaConf.merge(config, values)
+        return OmegaConf.unsafe_merge(config, values)  # config is not used again: no copy
     except OmegaConfBaseException as error:
         raise FlexOlmoError(reason(where, error)) from None
 
