@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from flexolmo_megatron.commands.documents import add_text_key_option
-from flexolmo_megatron.commands.rows import add_rows_option
+from flexolmo_megatron.commands.models import add_candidates_option, add_loading_options, add_sampling_options
 
 _EXAMPLES = """\
 examples:
@@ -28,10 +28,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
                     "similarities.jsonl (a line per model and passage, without text). The same command goes on with\n"
                     "an audit that was interrupted.",
         epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", required=True, metavar="NAME=PATH[@EXPERTS]",
-                        help="a model and what to call it (repeatable): a Megatron checkpoint, the folder of a "
-                             "training run, or a Hugging Face directory. @a,b uses only the experts a and b beside "
-                             "the public one; @-a,-b uses all but a and b")
+    add_candidates_option(parser)
     parser.add_argument("--opt-outs", action="store_true",
                         help="also attack each model with each owner's expert left out in turn")
     parser.add_argument("--corpus", action="append", required=True, metavar="NAME=FILES",
@@ -50,14 +47,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
                         help="shorter documents, in tokens, are not attacked (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=10, metavar="N",
                         help="continuations of each passage; the best one counts (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, default=50, metavar="N",
-                        help="sample among the N most probable tokens; 0 for all (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, metavar="P",
-                        help="sample among the most probable tokens that together reach the probability P, from 0 to 1 "
-                             "(default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T",
-                        help="sample from the logits divided by T; 0 takes the most probable token (default: "
-                             "%(default)s)")
+    add_sampling_options(parser, temperature=1.0, top_k=50, top_p=0.95)
     parser.add_argument("--threshold", type=float, default=0.9, metavar="S",
                         help="similarity, from 0 to 1, from which on a passage counts as extracted (default: "
                              "%(default)s)")
@@ -68,15 +58,11 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch-size", type=int, default=40, metavar="N",
                         help="sequences that are computed at a time; more is faster and takes more memory, the results "
                              "differ by rounding only (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                        help="to compute in (default: %(default)s)")
-    parser.add_argument("--anchor", metavar="PATH",
-                        help="where the anchor of pairs is now (default: where it was when each was trained)")
     parser.add_argument("--max-bad", type=int, default=100, metavar="N",
                         help="how many empty or broken documents per corpus are skipped before the run stops "
                              "(default: %(default)s)")
     add_text_key_option(parser)
-    add_rows_option(parser)
+    add_loading_options(parser)
     parser.set_defaults(run=run)
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from flexolmo_megatron.commands.rows import add_rows_option
+from flexolmo_megatron.commands.models import add_rows_option
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:

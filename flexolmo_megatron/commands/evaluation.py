@@ -2,7 +2,8 @@
 
 import argparse
 
-from flexolmo_megatron.commands.rows import add_rows_option
+from flexolmo_megatron.commands.documents import add_text_key_option
+from flexolmo_megatron.commands.models import add_candidates_option, add_loading_options
 
 _EVAL_EXAMPLE = """\
 example:
@@ -21,11 +22,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
                     "Prints a table and writes results.json, results.csv, results.md, bits_per_byte.png and,\n"
                     "with --routing, routing_share.png.",
         epilog=_EVAL_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", required=True, metavar="NAME=PATH[@EXPERTS]",
-                        help="a model and what to call it (repeatable): a Megatron checkpoint, the folder of a "
-                             "training run, or a Hugging Face directory. @a,b uses only the experts a and b beside "
-                             "the public one; @-a,-b uses all but a and b. A checkpoint that comes several times is "
-                             "loaded once")
+    add_candidates_option(parser)
     parser.add_argument("--domain", action="append", required=True, metavar="NAME=FILES",
                         help="a domain and its documents (repeatable): a file (.jsonl, .jsonl.gz, .jsonl.zst, "
                              ".parquet) or a quoted pattern. A name that comes again adds files")
@@ -36,18 +33,13 @@ def register(subparsers: argparse._SubParsersAction) -> None:
                         help="tokens, with padding, that a model computes at a time, but at least one sequence; more "
                              "is faster and takes more memory, the results differ by rounding only (default: "
                              "%(default)s)")
-    parser.add_argument("--text-key", default="text", metavar="KEY",
-                        help="key of the JSON objects, or Parquet column, that holds a document (default: %(default)s)")
+    add_text_key_option(parser)
     parser.add_argument("--max-bad", type=int, default=100, metavar="N",
                         help="how many empty or broken documents per domain are skipped before the run stops "
                              "(default: %(default)s)")
     parser.add_argument("--routing", action="store_true",
                         help="also record and draw the share of each expert, by layer and domain")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                        help="to compute in (default: %(default)s)")
-    parser.add_argument("--anchor", metavar="PATH",
-                        help="where the anchor of pairs is now (default: where it was when each was trained)")
-    add_rows_option(parser)
+    add_loading_options(parser)
     parser.add_argument("--reference", metavar="NAME",
                         help="one of the models: show the others' change from it, in percent")
     parser.set_defaults(run=run_eval)

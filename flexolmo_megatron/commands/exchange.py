@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from flexolmo_megatron.commands.rows import add_rows_option
+from flexolmo_megatron.commands.models import add_rows_option
 from flexolmo_megatron.errors import FlexOlmoError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flexolmo_megatron.commands.rows import add_rows_option
+from flexolmo_megatron.commands.models import add_loading_options, add_sampling_options
 from flexolmo_megatron.errors import FlexOlmoError
 
 if TYPE_CHECKING:
@@ -35,22 +35,11 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     access.add_argument("--exclude", metavar="NAME,NAME", help="use all experts but these")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N",
                         help="tokens of an answer, at most (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T",
-                        help="0 takes the most probable token; above 0, sample from the logits divided by T "
-                             "(default: %(default)s)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="N",
-                        help="sample among the N most probable tokens; 0 for all (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
-                        help="sample among the most probable tokens that together reach the probability P, from 0 to 1 "
-                             "(default: %(default)s)")
+    add_sampling_options(parser, temperature=0.0, top_k=0, top_p=1.0)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N",
                         help="prompts that are computed at a time (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                        help="to compute in (default: %(default)s)")
-    parser.add_argument("--anchor", metavar="PATH",
-                        help="where a pair's anchor is now (default: where it was when the pair was trained)")
-    add_rows_option(parser)
+    add_loading_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per answer and line")
     parser.set_defaults(run=run)
 

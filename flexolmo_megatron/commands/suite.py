@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from flexolmo_megatron.commands.rows import add_rows_option
+from flexolmo_megatron.commands.models import add_candidates_option, add_loading_options
 
 _EXAMPLES = """\
 examples:
@@ -25,10 +25,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
                     "results.json (with standard errors, and where each task differs from the published evaluation)\n"
                     "and results.md. The same command goes on with a run that was interrupted.",
         epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", required=True, metavar="NAME=PATH[@EXPERTS]",
-                        help="a model and what to call it (repeatable): a Megatron checkpoint, the folder of a "
-                             "training run, or a Hugging Face directory. @a,b uses only the experts a and b beside "
-                             "the public one; @-a,-b uses all but a and b")
+    add_candidates_option(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR",
                         help="folder for the results: new, or that of an interrupted run with the same settings")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="groups and tasks to run (default: all)")
@@ -50,11 +47,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch-size", type=int, default=8, metavar="N",
                         help="sequences that are computed at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampled answers (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                        help="to compute in (default: %(default)s)")
-    parser.add_argument("--anchor", metavar="PATH",
-                        help="where the anchor of pairs is now (default: where it was when each was trained)")
-    add_rows_option(parser)
+    add_loading_options(parser)
     parser.set_defaults(run=run)
 
 
