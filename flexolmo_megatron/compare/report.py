@@ -1,7 +1,7 @@
 """The folder ``report``: the table as Markdown, CSV and JSON, and the pictures."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flexolmo_megatron.compare.figures import draw
 from flexolmo_megatron.compare.scores import SCORES
@@ -21,8 +21,7 @@ def write_report(comparison: "Comparison", folder: Path) -> None:
     Raises:
         FlexOlmoError: the scores of a seed are missing, or a file cannot be written.
     """
-    scores = [read_json(comparison.plan.out / step / SCORES, "the scores of a seed")
-              for step in comparison.scores.values()]
+    scores = _read_scores(comparison)
     table = build_table(scores, list(comparison.config.domains))
     write_json(folder / f"{TABLE}.json", table.to_json())
     for suffix, text in (("csv", table.to_csv()), ("md", table.to_markdown())):
@@ -33,6 +32,9 @@ def write_report(comparison: "Comparison", folder: Path) -> None:
 
 def read_table(comparison: "Comparison") -> Table:
     """Return the table that is in the folder ``report``."""
-    scores = [read_json(comparison.plan.out / step / SCORES, "the scores of a seed")
-              for step in comparison.scores.values()]
-    return build_table(scores, list(comparison.config.domains))
+    return build_table(_read_scores(comparison), list(comparison.config.domains))
+
+
+def _read_scores(comparison: "Comparison") -> list[dict[str, Any]]:
+    return [read_json(comparison.plan.out / step / SCORES, "the scores of a seed")
+            for step in comparison.scores.values()]

@@ -12,7 +12,6 @@ rounding), on the other models and corpora, or on interruptions.
 """
 
 import dataclasses
-import gc
 import hashlib
 import itertools
 import sys
@@ -34,7 +33,7 @@ from flexolmo_megatron.evaluation.audit_state import AuditState
 from flexolmo_megatron.evaluation.candidates import Candidate, file_stamp
 from flexolmo_megatron.evaluation.compare import Options, check_inputs
 from flexolmo_megatron.inference.generate import Sampling, generate_tokens
-from flexolmo_megatron.inference.model import Model, load_model
+from flexolmo_megatron.inference.model import Model, free_memory, load_model
 from flexolmo_megatron.training.documents import BadDocuments, stream_documents
 
 
@@ -237,7 +236,5 @@ def audit(candidates: Sequence[Candidate], corpora: Mapping[str, Sequence[str]],
                     rates[candidate.name][corpus] = _attack(model, candidate, corpus, drawn.passages(corpus, model),
                                                             attack, batch_size, state)
             del model
-            gc.collect()  # modules and their hooks refer to one another
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_memory()
     return AuditResults(rates, setup)

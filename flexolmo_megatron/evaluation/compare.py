@@ -1,7 +1,6 @@
 """Several models, each with all or some of its experts, on several domains."""
 
 import contextlib
-import gc
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from flexolmo_megatron.evaluation.candidates import Candidate
 from flexolmo_megatron.evaluation.perplexity import DEFAULT_BATCH_TOKENS, DomainScore, evaluate_documents
 from flexolmo_megatron.evaluation.results import Results, check_reference
 from flexolmo_megatron.evaluation.routing import RoutingRecorder, RoutingShare
-from flexolmo_megatron.inference.model import Model, load_model
+from flexolmo_megatron.inference.model import Model, free_memory, load_model
 from flexolmo_megatron.training.documents import DEFAULT_MAX_BAD, BadDocuments, find_files, stream_documents
 
 
@@ -129,9 +128,7 @@ def compare(candidates: Sequence[Candidate], domains: Mapping[str, Sequence[str]
                 if share:
                     routing.setdefault(candidate.name, {})[domain] = share
         del model
-        gc.collect()  # modules and their hooks refer to one another
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
     setup = {"models": models, "domains": {domain: list(files) for domain, files in domains.items()},
              "max_bytes": options.max_bytes, "dtype": options.dtype}
     return Results(scores, reference, {name: routing[name] for name in scores if name in routing}, setup)

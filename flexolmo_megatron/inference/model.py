@@ -6,6 +6,7 @@ mask for left-padded prompts, and exactness matters more here than speed. To ser
 Legend: b sequences, s positions, V vocabulary, E experts.
 """
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -201,6 +202,13 @@ def check_tokens(tokens: Any, config: ModelConfig) -> Tensor:
         raise FlexOlmoError(f"token id {tokens_bs[row, position].item()} in sequence {row} at position {position}: "
                             f"expected 0 to {config.vocab_size - 1}, the model's vocabulary")
     return tokens_bs
+
+
+def free_memory() -> None:
+    """Give back the memory of models that nothing refers to any more."""
+    gc.collect()  # modules and their hooks refer to one another
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load_model(path: str | os.PathLike, dtype: torch.dtype = torch.float32, *,

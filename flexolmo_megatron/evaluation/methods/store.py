@@ -6,7 +6,6 @@ of each token, 4 bytes, and the routing shares of a model with experts.
 """
 
 import contextlib
-import gc
 import hashlib
 import json
 import os
@@ -21,13 +20,14 @@ from tqdm import tqdm
 from flexolmo_megatron.config.card import CARD_FILE, TUNED_MODEL
 from flexolmo_megatron.convert.model import newest_checkpoint
 from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.evaluation.candidates import file_stamp
 from flexolmo_megatron.evaluation.methods.base import Method, Variant
 from flexolmo_megatron.evaluation.perplexity import DEFAULT_BATCH_TOKENS, LogProbs, document_log_probs
 from flexolmo_megatron.evaluation.routing import RoutingRecorder, RoutingShare
 from flexolmo_megatron.evaluation.texts import TextSet
 from flexolmo_megatron.files import atomic_file
 from flexolmo_megatron.inference.access import routers_of
-from flexolmo_megatron.inference.model import Model, load_model
+from flexolmo_megatron.inference.model import Model, free_memory, load_model
 
 _FORMAT = 1
 
@@ -43,9 +43,7 @@ def fingerprint(path: Path) -> str:
     if not (path / CARD_FILE).exists():  # a run: of what it holds, the model that open_model opens
         tuned = path / TUNED_MODEL
         path = tuned if (tuned / CARD_FILE).exists() else newest_checkpoint(path) or path
-    files = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
-             for file in sorted(path.rglob("*")) if file.is_file()]
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return file_stamp(path)
 
 
 @contextlib.contextmanager
@@ -90,11 +88,10 @@ class Store:
 
     def models(self, paths: Sequence[Path]) -> list[Model]:
         """Load models, or take them from memory, which all others leave."""
-        for path in [path for path in self._models if path not in paths]:
-            del self._models[path]
-        gc.collect()  # modules and their hooks refer to one another
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if others := [path for path in self._models if path not in paths]:
+            for path in others:
+                del self._models[path]
+            free_memory()
         for path in paths:
             if path not in self._models:
                 self._models[path] = self._load(path, self.dtype)
