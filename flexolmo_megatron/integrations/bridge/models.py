@@ -28,10 +28,10 @@ from flexolmo_megatron.convert.huggingface_config import parse_config, render_co
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.convert.names import TABLE, Rule
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.integrations.megatron_lm.model import OwnersModel
 from flexolmo_megatron.model.builder import block_spec, build_model
 from flexolmo_megatron.model.config import FlexOlmoTransformerConfig, transformer_config
 from flexolmo_megatron.model.engine import engine_settings
+from flexolmo_megatron.model.owners import OwnersModel
 from flexolmo_megatron.model.spec import engine_is_default
 from flexolmo_megatron.model.weights import load_weights
 

@@ -17,31 +17,12 @@ from flexolmo_megatron.integrations.megatron_lm.arguments import LaunchArguments
 from flexolmo_megatron.integrations.megatron_lm.cards import write_cards
 from flexolmo_megatron.model.builder import block_spec, build_model
 from flexolmo_megatron.model.config import FlexOlmoTransformerConfig
+from flexolmo_megatron.model.owners import OwnersModel
 from flexolmo_megatron.model.spec import TorchSpecProvider, default_backend
 from flexolmo_megatron.runtime.ranks import on_first_rank
 from flexolmo_megatron.training.freezing import FrozenMark
 from flexolmo_megatron.training.resume import check_same_card
 from flexolmo_megatron.training.start import fill_pair, name_anchor
-
-
-class OwnersModel(GPTModel):
-    """A pair whose checkpoints hold what the owner trains alone; the rest is the anchor's, named in the card."""
-
-    def _trained(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Megatron's description of a checkpoint, without what is frozen."""
-        trained = self._trained()
-        whole = super().sharded_state_dict(*args, **kwargs)
-        return {name: tensor for name, tensor in whole.items() if name in trained}
-
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what such a checkpoint holds; the frozen rest stays as the anchor has it."""
-        if strict and set(state_dict) != self._trained():
-            difference = sorted(set(state_dict) ^ self._trained())
-            raise RuntimeError(f"the checkpoint and this rank's model differ in {', '.join(difference[:5])}")
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
 
 class ModelProvider:
