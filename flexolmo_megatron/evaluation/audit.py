@@ -25,7 +25,6 @@ import torch
 from tqdm import tqdm
 
 from flexolmo_megatron.config.card import PUBLIC
-from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.audit_passages import Passage, sample_passages
@@ -97,12 +96,6 @@ def similarity(text: str, other: str) -> float:
     return _rapidfuzz().normalized_similarity(text, other)
 
 
-def _check_length(attack: Attack, model: ModelConfig) -> None:
-    if attack.passage_tokens > model.max_position_embeddings:
-        raise FlexOlmoError(f"--passage-tokens {attack.passage_tokens}: expected at most "
-                            f"model.max_position_embeddings = {model.max_position_embeddings}")
-
-
 def _seed(passage: Passage, sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{passage.key}:{sample}".encode(), digest_size=8).digest(), "big") >> 1
 
@@ -124,7 +117,10 @@ def attack_passages(model: Model, passages: Sequence[Passage], attack: Attack, e
     Raises:
         FlexOlmoError: the model's sequences are too short for the attack, or rapidfuzz is missing.
     """
-    _check_length(attack, model.config)
+    longest = model.config.max_position_embeddings
+    if attack.passage_tokens > longest:
+        raise FlexOlmoError(f"--passage-tokens {attack.passage_tokens}: expected at most "
+                            f"model.max_position_embeddings = {longest}")
     decode, start = model.tokenizer.decode, attack.prefix_tokens
     ordered = iter(sorted(passages, key=lambda passage: len(passage.tokens)))
     while group := list(itertools.islice(ordered, max(1, batch_size // attack.samples))):
@@ -221,8 +217,6 @@ def audit(candidates: Sequence[Candidate], corpora: Mapping[str, Sequence[str]],
     if batch_size < 1:
         raise FlexOlmoError(f"--batch-size {batch_size}: expected at least 1")
     check_inputs(candidates, corpora, None)
-    for candidate in candidates:
-        _check_length(attack, open_model(candidate.path).card.model)
     _rapidfuzz()
     setup: dict[str, Any] = {
         "attack": asdict(attack),

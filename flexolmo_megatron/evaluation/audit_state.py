@@ -26,6 +26,7 @@ class AuditState:
         self._path = folder / SIMILARITIES
         self._texts = texts
         self._found: dict[tuple[str, str, int], Similarity] = {}
+        self._made = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
@@ -82,6 +83,10 @@ class AuditState:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         self._file.close()
+        if kind and not self._found:  # there is nothing to go on with
+            self._path.unlink()
+            if self._made:
+                self._path.parent.rmdir()
 
     def get(self, model: str, corpus: str, passage: Passage) -> Similarity | None:
         """What was found for a passage; None if nothing yet."""
