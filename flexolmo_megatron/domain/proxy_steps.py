@@ -2,7 +2,7 @@
 
 import json
 from array import array
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from flexolmo_megatron.domain.proxy_duplicates import DuplicateIndex, Signatures
 from flexolmo_megatron.domain.proxy_state import ProxyState, Scores, counter_arrays
 from flexolmo_megatron.files import atomic_file
 from flexolmo_megatron.shards.documents import ReadDocuments, by_chunk
+from flexolmo_megatron.shards.run import file_identity
 from flexolmo_megatron.training.tokenizer import load_tokenizer
 
 
@@ -93,8 +94,9 @@ class CountTokens(PipelineStep):
             yield document
 
 
-@cache
-def _index(owner: Path, jaccard: float) -> DuplicateIndex:
+@lru_cache(maxsize=1)
+def _index(owner: Path, jaccard: float, *_: int) -> DuplicateIndex:
+    """Index of the signatures in a file; what tells the file's contents from others is only part of the key."""
     with np.load(owner, allow_pickle=False) as kept:
         return DuplicateIndex(Signatures(kept["exact"], kept["minhash"]), jaccard)
 
@@ -111,7 +113,8 @@ class MarkCopies(PipelineStep):
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Compare in batches."""
-        index = _index(self.owner, self.jaccard)
+        _, *identity = file_identity(self.owner)  # another run of this process may have written the same path
+        index = _index(self.owner, self.jaccard, *identity)
         for batch in by_chunk(data):
             with self.track_time("batch"):
                 copies, near = index.find(signatures([document.text for document in batch]))

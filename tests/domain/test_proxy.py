@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -111,6 +112,15 @@ def test_outputs_hold_nothing_of_the_owners_text(corpus, capsys):
     assert len(texts) == 230
     assert not any(tuple(text[start : start + 15]) in known for text in texts for start in range(len(text)))
     assert "note: all public documents were taken before the budget was used" in captured.err
+
+
+def test_each_owner_of_a_process_is_compared_with_its_own_documents(corpus):
+    """Runs one after the other, under the same name of output."""
+    for own in (OWNER, LIKE):
+        write(corpus / "owner.jsonl.gz", own)
+        run(corpus)
+        assert not {one["text"] for one in proxies(corpus)} & set(own)
+        shutil.rmtree(corpus / "out")
 
 
 def test_neither_processes_nor_a_stop_change_the_result(corpus, monkeypatch, capsys):
