@@ -19,7 +19,7 @@ def values_of(path: Path, keys: Sequence[str]) -> Callable[[int, bytes | None], 
         keys: names; of JSON objects, ``a.b`` is also ``b`` of the object ``a``. A value that is missing is None.
     """
     if not is_parquet(path):
-        return lambda _, raw: {key: _look_up(json.loads(raw), key) for key in keys}
+        return lambda _, raw: _look_up(json.loads(raw), keys)
     rows = enumerate(_read_rows(path, keys), 1)
 
     def advance(line: int, _: bytes | None) -> dict[str, Any]:
@@ -28,13 +28,14 @@ def values_of(path: Path, keys: Sequence[str]) -> Callable[[int, bytes | None], 
     return advance
 
 
-def _look_up(record: dict[str, Any], key: str) -> Any:
-    if key in record:
-        return record[key]
-    value: Any = record
-    for name in key.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
+def _look_up(record: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    values = {}
+    for key in keys:
+        value: Any = record
+        for name in [key] if key in record else key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        values[key] = value
+    return values
 
 
 def _read_rows(path: Path, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
