@@ -77,7 +77,9 @@ def fasttext_model(tmp_path_factory):
     german = ["das Haus und der Garten von meinem Vater", "das ist was wir haben und sie wissen", "wohin gehst du"]
     (folder / "train.txt").write_text("".join(
         f"__label__{label} {text}\n" for label, texts in (("en", english), ("de", german)) for text in texts * 20))
-    model = fasttext.train_supervised(str(folder / "train.txt"), epoch=20, dim=8, bucket=1000, thread=1, verbose=0)
+    # Of letters too, as lid.176.bin: of words alone, some builds of fastText train something else each time, or nothing.
+    model = fasttext.train_supervised(str(folder / "train.txt"), epoch=20, dim=8, bucket=1000, minn=2, maxn=4, thread=1,
+                                      verbose=0)
     model.save_model(str(folder / "lid.bin"))
     return str(folder / "lid.bin")
 
