@@ -18,15 +18,20 @@ from torch import Tensor, nn
 
 from flexolmo_megatron.config.layout import ModelKind
 from flexolmo_megatron.model.fp8 import fp8_settings
+from flexolmo_megatron.model.spec import engine_is_default
 
 
 def engine_settings(kind: ModelKind, recipe: str | None = None) -> dict[str, Any]:
     """Return the fields of Megatron's TransformerConfig with which Transformer Engine's modules run fastest.
 
+    None where models are not built from those.
+
     Args:
         kind: dense, pair or moe.
         recipe: of FP8; None for bf16.
     """
+    if not engine_is_default():
+        return {}
     settings: dict[str, Any] = dict(apply_rope_fusion=True, bias_activation_fusion=True, **fp8_settings(recipe))
     if kind == "moe":
         settings |= dict(moe_grouped_gemm=True, moe_permute_fusion=True)

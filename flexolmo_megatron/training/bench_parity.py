@@ -26,7 +26,7 @@ from flexolmo_megatron.model.builder import block_spec, build_model
 from flexolmo_megatron.model.config import transformer_config
 from flexolmo_megatron.model.engine import engine_settings, prepare_engine
 from flexolmo_megatron.model.fp8 import fp8_settings
-from flexolmo_megatron.model.spec import TorchSpecProvider, engine_is_default
+from flexolmo_megatron.model.spec import TorchSpecProvider
 from flexolmo_megatron.model.weights import live_model, load_anchor, load_weights
 from flexolmo_megatron.runtime.setup import local_device
 from flexolmo_megatron.training.bench_steps import halves, random_batch
@@ -111,8 +111,8 @@ def variants(engine: BackendSpecProvider | None, recipe: str | None) -> tuple[Va
 
 def _build(variant: Variant, model: ModelConfig, kind: ModelKind) -> nn.Module:
     settings = fp8_settings(variant.recipe)
-    if engine_is_default() and not isinstance(variant.backend, TorchSpecProvider):
-        settings = engine_settings(kind, variant.recipe)
+    if not isinstance(variant.backend, TorchSpecProvider):
+        settings |= engine_settings(kind, variant.recipe)
     config = transformer_config(model, kind, dtype=variant.dtype, **settings)
     built = build_model(model, kind, config, spec=block_spec(kind, config, variant.backend))
     return built.to(local_device()).train()

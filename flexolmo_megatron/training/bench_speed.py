@@ -27,7 +27,6 @@ from flexolmo_megatron.model.builder import block_spec, build_model
 from flexolmo_megatron.model.config import transformer_config
 from flexolmo_megatron.model.engine import engine_settings
 from flexolmo_megatron.model.fp8 import RECIPES
-from flexolmo_megatron.model.spec import engine_is_default
 from flexolmo_megatron.runtime.setup import local_device
 from flexolmo_megatron.training.bench_steps import (
     Z_LOSS,
@@ -122,7 +121,7 @@ def _peak() -> int | None:
 
 
 def _build(model: ModelConfig, kind: ModelKind, recipe: str | None, stock: bool = False) -> GPTModel:
-    settings = engine_settings(kind, recipe) if engine_is_default() else {}
+    settings = engine_settings(kind, recipe)
     loss = {} if kind == "dense" else {"moe_z_loss_coeff": Z_LOSS}
     config = transformer_config(model, kind, dtype=compute_dtype(), **loss, **settings)
     spec = stock_spec(config) if stock else block_spec(kind, config)

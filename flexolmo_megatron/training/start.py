@@ -18,7 +18,6 @@ from flexolmo_megatron.exchange.digest import BackgroundDigest, model_digest
 from flexolmo_megatron.model.builder import build_model
 from flexolmo_megatron.model.config import transformer_config
 from flexolmo_megatron.model.engine import engine_settings, prepare_engine
-from flexolmo_megatron.model.spec import engine_is_default
 from flexolmo_megatron.model.weights import init_expert_from_anchor, load_anchor, load_weights
 from flexolmo_megatron.runtime.ranks import on_first_rank, together
 from flexolmo_megatron.runtime.setup import local_device
@@ -104,6 +103,25 @@ def fill_pair(chunks: list[GPTModel], anchor: LazyModel, rows: torch.Tensor) -> 
         freeze_anchor(chunk)
 
 
+def fill(chunks: list[GPTModel], planned: Plan, config: TrainConfig) -> None:
+    """Give another trainer's new model the weights that a run starts from. Called by all ranks.
+
+    Of a pair, what is the anchor's is frozen then, and the card names the anchor.
+
+    Args:
+        chunks: this rank's part, all of its virtual pipeline stages.
+        planned: what was built.
+        config: see ``name_anchor``.
+
+    Raises:
+        FlexOlmoError: the domain vector was made for another anchor; a tensor cannot be read.
+    """
+    if planned.card.kind == "pair":
+        fill_pair(chunks, planned.anchor, name_anchor(planned, config))
+    else:
+        load_weights(chunks, planned.source)
+
+
 def _filled(config: TrainConfig, planned: Plan, resumes: bool) -> list[DistributedDataParallel]:
     """Any model but a pair; a checkpoint of one has all of it, but of router tuning."""
     chunks = together(lambda: _build(config, planned.built))
@@ -175,7 +193,7 @@ def _build(config: TrainConfig, card: ModelCard, **options: float | int | None) 
                 "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
             }
         ),
-        **(engine_settings(card.kind, config.fp8.recipe) if engine_is_default() else {}),
+        **engine_settings(card.kind, config.fp8.recipe),
         **options,
     )
     return [

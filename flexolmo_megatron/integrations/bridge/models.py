@@ -32,7 +32,6 @@ from flexolmo_megatron.model.builder import block_spec, build_model
 from flexolmo_megatron.model.config import FlexOlmoTransformerConfig, transformer_config
 from flexolmo_megatron.model.engine import engine_settings
 from flexolmo_megatron.model.owners import OwnersModel
-from flexolmo_megatron.model.spec import engine_is_default
 from flexolmo_megatron.model.weights import load_weights
 
 
@@ -105,10 +104,8 @@ def provider(card: ModelCard, dtype: torch.dtype = torch.bfloat16, **options: An
         share_embeddings_and_output_weights=False,
         hetereogenous_dist_checkpoint=True,  # upstream's name: a key per layer, as ``convert`` reads checkpoints
     )
-    engine = engine_settings(card.kind) if engine_is_default() else {}
-    return transformer_config(
-        card.model, card.kind, dtype=dtype, config_class=FlexOlmoProvider, **{**values, **engine, **options}
-    )
+    values |= engine_settings(card.kind) | options
+    return transformer_config(card.model, card.kind, dtype=dtype, config_class=FlexOlmoProvider, **values)
 
 
 def model_provider(path: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> FlexOlmoProvider:

@@ -28,13 +28,11 @@ from flexolmo_megatron.model.builder import block_spec
 from flexolmo_megatron.model.config import FlexOlmoTransformerConfig, transformer_config
 from flexolmo_megatron.model.engine import engine_settings
 from flexolmo_megatron.model.router import hold_biases_at_zero
-from flexolmo_megatron.model.spec import engine_is_default
-from flexolmo_megatron.model.weights import load_weights
 from flexolmo_megatron.training.freezing import FrozenMark, freeze_all_but_router, freeze_anchor
 from flexolmo_megatron.training.planning import plan_expert
 from flexolmo_megatron.training.run import run_datasets
 from flexolmo_megatron.training.run_plan import Plan
-from flexolmo_megatron.training.start import fill_pair, name_anchor
+from flexolmo_megatron.training.start import fill
 
 
 def _preset(name: str) -> ModelConfig:
@@ -107,7 +105,7 @@ class FlexOlmoConfig(llm.GPTConfig, FlexOlmoTransformerConfig):
         values = transformer_config(
             self.model_config(), self.kind, dtype=self.params_dtype, config_class=dict,
             anchor_ffn_hidden_size=self.anchor_ffn_hidden_size, **{name: getattr(self, name) for name in given},
-            **(engine_settings(self.kind) if engine_is_default() else {}))
+            **engine_settings(self.kind))
         values.pop("moe_token_dispatcher_type", None)  # alltoall unless given
         vars(self).update(values)
         super().__post_init__()
@@ -153,10 +151,7 @@ class FlexOlmoConfig(llm.GPTConfig, FlexOlmoTransformerConfig):
                                     f"{self.virtual_pipeline_model_parallel_size}: expected none with start_from, "
                                     "since NeMo builds the stages one after the other; use `flexolmo train`")
             config, planned = self.plan()
-            if self.kind == "pair":
-                fill_pair([module], planned.anchor, name_anchor(planned, config))
-            else:
-                load_weights(module, planned.source)
+            fill([module], planned, config)
         if self.kind == "pair":
             freeze_anchor(module)
         elif self.proxies:
