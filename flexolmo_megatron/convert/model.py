@@ -70,10 +70,10 @@ def open_model(path: str | os.PathLike) -> LazyModel:
         raise FlexOlmoError(f"{path / CHECKPOINTS} has no complete checkpoint: expected a folder step_* in it")
     if (path / METADATA_FILE).exists():
         raise FlexOlmoError(f"{path} has no {CARD_FILE}: expected it in a Megatron checkpoint of this package; after a "
-                            f"launch through Megatron-LM, run: {_CARDS} {path.parent}")
+                            f"run in Megatron-LM or Megatron-Bridge, call: {_CARDS} {path.parent}")
     if any(path.glob(f"iter_*/{METADATA_FILE}")):
-        raise FlexOlmoError(f"{path} holds checkpoints without {CARD_FILE}; after a launch through Megatron-LM, run: "
-                            f"{_CARDS} {path}")
+        raise FlexOlmoError(f"{path} holds checkpoints without {CARD_FILE}; after a run in Megatron-LM or "
+                            f"Megatron-Bridge, call: {_CARDS} {path}")
     if (path / "manifest.json").exists():
         raise FlexOlmoError(f"{path} is an expert package, not a model: {_EXPECTED}")
     raise FlexOlmoError(f"{path} holds no model: {_EXPECTED}")

@@ -100,6 +100,14 @@ def test_an_owners_run_is_that_of_flexolmo_train(tmp_path, in_bridge, monkeypatc
     assert all(".mlp.expert." in name or ".mlp.router." in name for name in report["in optimizer"])
     assert len(report["in optimizer"]) == 2 * 4
 
+    card = tmp_path / "theirs" / "iter_0000006" / "flexolmo.json"
+    written = card.read_text()
+    card.unlink()  # as after a run that was killed
+    other = runs.expert_options(world, tmp_path / "theirs", "expert.name=other")[2:]
+    assert in_bridge("train", "expert", *other)["refused"].startswith(
+        f"{card.parent} belongs to another run: its experts is ['public', 'own'], this run's is ['public', 'other']")
+    assert json.loads(card.read_text()) == json.loads(written)
+
     package = tmp_path / "package"
     assert main(["pack", str(tmp_path / "theirs"), str(package)]) == 0
     assert main(["verify", str(package), "--anchor", f"{world}/anchor"]) == 0

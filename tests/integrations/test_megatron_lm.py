@@ -14,10 +14,9 @@ import torch
 from flexolmo_megatron.config.card import ModelCard
 from flexolmo_megatron.convert.model import newest_checkpoint, open_model, save_model
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.integrations.megatron_lm.__main__ import find_tree
+from flexolmo_megatron.integrations.cards import check_checkpoints, write_cards
+from flexolmo_megatron.integrations.megatron_lm.__main__ import find_tree, main
 from flexolmo_megatron.integrations.megatron_lm.arguments import LaunchArguments, dense_card
-from flexolmo_megatron.integrations.megatron_lm.cards import write_cards
-from flexolmo_megatron.integrations.megatron_lm.model import _check_checkpoints
 from flexolmo_megatron.integrations.megatron_lm.specs import DENSE, MOE, PAIR
 from tests.random_models import SIZES, random_model
 
@@ -159,14 +158,30 @@ def test_cards_are_written_from_the_arguments_in_the_checkpoint(tmp_path):
     assert ModelCard.load(second) == replace(card, training={"tokens": 768, "steps": 6, "lr": 5e-3, "seed": 1})
 
 
+def test_cards_of_a_run_in_bridge_are_written_from_its_settings(tmp_path, capsys, monkeypatch):
+    card = replace(random_model("pair", 2, 2).card, anchor_digest="a" * 64)
+    settings = {"model": {"flexolmo_card": card.to_json(), "seq_length": 32}, "train": {"global_batch_size": 4},
+                "optimizer": {"lr": 5e-3}, "rng": {"seed": 1}}
+    path = _checkpoint(tmp_path, 3)
+    (path / "run_config.yaml").write_text(json.dumps(settings))
+    monkeypatch.setattr(sys, "argv", ["megatron_lm", "cards", str(tmp_path)])
+    assert main() == 0
+    assert capsys.readouterr().out == f"{tmp_path}: cards of 1 checkpoints written\n"
+    assert ModelCard.load(path) == replace(card, training={"tokens": 384, "steps": 3, "lr": 5e-3, "seed": 1})
+    (path / "flexolmo.json").unlink()
+    (path / "run_config.yaml").write_text("model: {seq_length: 32}")
+    with pytest.raises(FlexOlmoError, match="iter_0000003 was not written by a run of flexolmo_megatron.integrations"
+                                            ".bridge: expected model.flexolmo_card in its run_config.yaml"):
+        write_cards(tmp_path)
+
+
 def test_a_launch_goes_on_with_checkpoints_of_its_own_run_alone(tmp_path):
     card = replace(random_model("pair", 2, 2).card, anchor_digest="a" * 64)
     _checkpoint(tmp_path, 3, card)
-    args = argparse.Namespace(save=str(tmp_path), load=str(tmp_path))
-    _check_checkpoints(args, card)
+    check_checkpoints(str(tmp_path), str(tmp_path), card)
     with pytest.raises(FlexOlmoError, match="iter_0000003 belongs to another run: its anchor digest is a{64}, this "
                                             "run's is b{64}"):
-        _check_checkpoints(args, replace(card, anchor_digest="b" * 64))
+        check_checkpoints(None, str(tmp_path), replace(card, anchor_digest="b" * 64))
 
 
 def test_checkpoints_of_other_launches_are_refused(tmp_path):

@@ -37,8 +37,8 @@ from flexolmo_megatron.integrations.bridge.recipes import (  # noqa: E402
     flexolmo_anchor,
     flexolmo_expert,
     pretrain,
-    write_cards,
 )
+from flexolmo_megatron.integrations.cards import write_cards  # noqa: E402
 
 __all__ = [
     "FlexOlmoProvider", "flexolmo_anchor", "flexolmo_expert", "model_provider", "pretrain", "provider", "write_cards",

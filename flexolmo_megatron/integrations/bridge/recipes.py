@@ -3,6 +3,7 @@
 Not covered: router tuning, and the options that ``_WITHOUT`` names.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -15,25 +16,24 @@ from megatron.bridge.training import pretrain as trainer
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.tokenizers.config import TokenizerConfig
-from megatron.bridge.training.utils.checkpoint_utils import read_run_config
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import get_model_config
 
-from flexolmo_megatron.config.card import CARD_FILE, ModelCard
+from flexolmo_megatron.config.card import ModelCard
 from flexolmo_megatron.config.load import load_config
 from flexolmo_megatron.config.train import TrainConfig
-from flexolmo_megatron.convert.megatron import METADATA_FILE
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.integrations.bridge.models import FlexOlmoProvider, provider
+from flexolmo_megatron.integrations.cards import check_checkpoints, write_cards
 from flexolmo_megatron.model.router import hold_biases_at_zero
-from flexolmo_megatron.model.weights import load_weights
+from flexolmo_megatron.runtime.ranks import on_first_rank
 from flexolmo_megatron.runtime.setup import world_size
 from flexolmo_megatron.training.freezing import FrozenMark
 from flexolmo_megatron.training.optimization import optimizer_config
 from flexolmo_megatron.training.planning import plan
 from flexolmo_megatron.training.run import run_datasets
 from flexolmo_megatron.training.run_plan import Plan
-from flexolmo_megatron.training.start import fill_pair, name_anchor
+from flexolmo_megatron.training.start import fill
 
 _WITHOUT = ("optimizer.router_lr", "expert.domain_loss_coeff", "expert.routing_noise", "fp8.recipe", "stop_after")
 
@@ -120,10 +120,7 @@ def _recipe(mode: Literal["anchor", "expert"], overrides: Sequence[str], preset:
 
 def _fill(chunks: list[GPTModel], model: FlexOlmoProvider, planned: Plan, config: TrainConfig) -> list[GPTModel]:
     """Bridge's pre-wrap hook: weights, and for a pair what trains, before DDP and optimizer look."""
-    if planned.card.kind == "pair":
-        fill_pair(chunks, planned.anchor, name_anchor(planned, config))
-    else:
-        load_weights(chunks, planned.source)
+    fill(chunks, planned, config)
     model.flexolmo_card = planned.card.to_json()  # which the digest of the anchor is in now
     return chunks
 
@@ -172,26 +169,16 @@ def pretrain(container: bridge.ConfigContainer, callbacks: Sequence[Callback] = 
     """Bridge's ``pretrain`` of a container from this module's recipes; its checkpoints get cards.
 
     Raises:
+        FlexOlmoError: the checkpoints to go on with belong to another run.
         RuntimeError: a frozen parameter has changed (a defect of this package).
     """
-    save = container.checkpoint.save
-    if save and Path(save).is_dir():
-        write_cards(Path(save))  # of a run that was killed
+    folders, model = container.checkpoint, container.model
+
+    def check(chunks: list[GPTModel]) -> list[GPTModel]:
+        on_first_rank(lambda: check_checkpoints(folders.save, folders.load, model.card))
+        return chunks
+
+    model.register_pre_wrap_hook(check)  # after the recipe's, in which the card has got the digest of the anchor
     trainer.pretrain(container, forward_step, callbacks=[_Run(), *callbacks])
-    if save:
-        write_cards(Path(save))
-
-
-def write_cards(save: Path) -> None:
-    """Write ``flexolmo.json`` into the complete checkpoints of a run; then `flexolmo pack SAVE` and others read them.
-
-    Args:
-        save: folder of the run, with ``iter_0000100`` and so on; trusted, like every Megatron checkpoint.
-    """
-    for folder in sorted(save.glob("iter_*")):
-        if (folder / METADATA_FILE).is_file() and not (folder / CARD_FILE).exists():
-            run = read_run_config(str(folder / "run_config.yaml"))
-            card, steps = ModelCard.from_json(run["model"]["flexolmo_card"]), int(folder.name.removeprefix("iter_"))
-            tokens = steps * run["train"]["global_batch_size"] * run["model"]["seq_length"]
-            card.training = {"tokens": tokens, "steps": steps, "lr": run["optimizer"]["lr"], "seed": run["rng"]["seed"]}
-            card.save(folder)
+    if folders.save and os.environ.get("RANK", "0") == "0":  # Bridge's process group is gone
+        write_cards(Path(folders.save))

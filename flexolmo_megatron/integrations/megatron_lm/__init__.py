@@ -3,6 +3,6 @@
     torchrun ... pretrain_gpt.py ARGUMENTS
     torchrun ... -m flexolmo_megatron.integrations.megatron_lm ARGUMENTS --flexolmo-anchor anchor/ ...
 
-arguments.py: options and defaults. model.py: the model provider. cards.py: what lets ``flexolmo`` open its checkpoints.
-specs.py: specs for ``pretrain_gpt.py --spec``. Needs a checkout of Megatron-LM; importing this package does not.
+arguments.py: options and defaults. model.py: the model provider. specs.py: specs for ``pretrain_gpt.py --spec``.
+Needs a checkout of Megatron-LM; importing this package does not.
 """

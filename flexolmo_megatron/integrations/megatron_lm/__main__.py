@@ -1,6 +1,8 @@
 """In place of Megatron-LM's ``pretrain_gpt.py``, under torchrun, with all of its arguments and ours.
 
     python -m flexolmo_megatron.integrations.megatron_lm cards SAVE      # makes checkpoints of a killed run readable
+
+The latter also does that for runs of ``integrations.bridge``.
 """
 
 import sys
@@ -54,10 +56,10 @@ def find_tree() -> Path:
 
 
 def _cards(paths: list[str]) -> None:
-    from flexolmo_megatron.integrations.megatron_lm.cards import write_cards
+    from flexolmo_megatron.integrations.cards import write_cards
 
     if len(paths) != 1 or not Path(paths[0]).is_dir():
-        raise FlexOlmoError(f"cards {' '.join(paths)}: expected one folder that a launch had as --save")
+        raise FlexOlmoError(f"cards {' '.join(paths)}: expected the folder of a run, with checkpoints iter_*")
     prepare()
     written = write_cards(Path(paths[0]))
     print(f"{paths[0]}: cards of {len(written)} checkpoints written")

@@ -1,8 +1,6 @@
 """The model provider: builds, fills and freezes before Megatron-LM wraps the model and makes its optimizer."""
 
 import argparse
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from flexolmo_megatron.config.card import ModelCard
-from flexolmo_megatron.convert.model import newest_checkpoint
+from flexolmo_megatron.integrations.cards import check_checkpoints, write_cards
 from flexolmo_megatron.integrations.megatron_lm.arguments import LaunchArguments, dense_card
-from flexolmo_megatron.integrations.megatron_lm.cards import write_cards
 from flexolmo_megatron.model.builder import block_spec, build_model
 from flexolmo_megatron.model.config import FlexOlmoTransformerConfig
 from flexolmo_megatron.model.owners import OwnersModel
 from flexolmo_megatron.model.spec import TorchSpecProvider, default_backend
 from flexolmo_megatron.runtime.ranks import on_first_rank
 from flexolmo_megatron.training.freezing import FrozenMark
-from flexolmo_megatron.training.resume import check_same_card
 from flexolmo_megatron.training.start import fill_pair, name_anchor
 
 
@@ -82,8 +78,8 @@ class ModelProvider:
         else:
             self.card = self.arguments.plan.card
             self.rows = name_anchor(self.arguments.plan, self.arguments.config)
-        args.flexolmo_card = json.dumps(asdict(self.card))
-        on_first_rank(lambda: _check_checkpoints(args, self.card))
+        args.flexolmo_card = self.card.to_json()
+        on_first_rank(lambda: check_checkpoints(args.save, args.load, self.card))
 
     def _remember_frozen(self) -> None:
         # Not now: Megatron-LM still converts the model's type.
@@ -118,11 +114,3 @@ def _mark_router(chunk: GPTModel) -> None:
     for name, parameter in chunk.named_parameters():
         if parameter.requires_grad and ".router." in name:
             parameter.is_embedding_or_output_parameter = True
-
-
-def _check_checkpoints(args: argparse.Namespace, card: ModelCard) -> None:
-    """Give earlier checkpoints the cards that they lack, and check that what a launch goes on with is of this run."""
-    for folder in {args.save, args.load} - {None}:
-        write_cards(Path(folder))
-    if args.load and (newest := newest_checkpoint(Path(args.load))):
-        check_same_card(newest, card)
