@@ -14,7 +14,7 @@ from flexolmo_megatron.cli import main
 from flexolmo_megatron.config.load import load_config
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.convert.model import open_model, save_model
-from flexolmo_megatron.training.freezing import TRAINED_BY_OWNER
+from flexolmo_megatron.training.freezing import ROUTER, TRAINED_BY_OWNER
 from tests.random_models import SIZES, random_model, tensors_of
 from tests.training import runs
 
@@ -108,3 +108,36 @@ def test_expert_run_has_our_losses_resumes_and_is_packed(world, tmp_path):
         torch.testing.assert_close(tensor, mine[name], rtol=1e-4, atol=1e-5)
     assert main(["pack", f"{tmp_path}/pair", f"{tmp_path}/package"]) == 0
     assert main(["verify", f"{tmp_path}/package", "--anchor", f"{world}/anchor"]) == 0
+
+
+@pytest.fixture(scope="module")
+def merged(world):
+    """The anchor and an owner's expert, merged."""
+    assert main(runs.expert_options(world, world / "own_run")) == 0
+    assert main(["pack", f"{world}/own_run", f"{world}/package"]) == 0
+    assert main(["merge", "--anchor", f"{world}/anchor", f"{world}/package", "--out", f"{world}/merged"]) == 0
+
+
+@needs_nemo
+@pytest.mark.parametrize(("kind", "ours", "frozen"), [
+    ("anchor", ["dense", "anchor={world}/anchor_run"], False),
+    ("router", ["router", "merged={world}/merged", "data.proxies.own=[{world}/own]", "optimizer.lr_warmup_iters=0"],
+     True),
+])
+def test_anchor_and_router_runs_have_our_losses_and_are_opened(world, merged, tmp_path, kind, ours, frozen):
+    in_nemo("train", kind, world, tmp_path, 6, cwd=tmp_path)
+    (last,) = (tmp_path / kind / "checkpoints").glob("*-last")
+    in_nemo("export", last, tmp_path / "theirs", cwd=tmp_path)
+    assert main(["train", *(word.format(world=world) for word in ours), *runs.SMALL[7:], f"data.train=[{world}/public]",
+                 "optimizer.lr_decay_style=constant", f"out={tmp_path}/ours"]) == 0
+    report = json.loads((tmp_path / f"{kind}_6.json").read_text())
+    assert report["losses"] == pytest.approx([row["loss"] for row in runs.metrics(tmp_path / "ours")], rel=1e-6)
+    assert (report["frozen"] > 0) == frozen
+    assert all(ROUTER.search(name) for name in report["in optimizer"]) == frozen
+    theirs, mine = open_model(tmp_path / "theirs"), open_model(tmp_path / "ours")
+    assert theirs.card.model == mine.card.model
+    assert [part.name for part in theirs.card.row_sets] == [part.name for part in mine.card.row_sets]
+    theirs, mine = tensors_of(theirs), tensors_of(mine)
+    assert theirs.keys() == mine.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(tensor, mine[name], rtol=1e-4, atol=1e-5)
