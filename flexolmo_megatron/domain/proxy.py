@@ -44,7 +44,14 @@ from flexolmo_megatron.evaluation.plots import plot_scores
 from flexolmo_megatron.files import atomic_directory, check_free, write_json
 from flexolmo_megatron.shards import require_datatrove
 from flexolmo_megatron.shards.run import Where, progress_folder, run_shards
-from flexolmo_megatron.training.documents import DEFAULT_MAX_BAD, Bad, find_files, parse_record, read_records
+from flexolmo_megatron.training.documents import (
+    DEFAULT_MAX_BAD,
+    Bad,
+    BadDocuments,
+    find_files,
+    parse_record,
+    read_records,
+)
 from flexolmo_megatron.training.tokenizer import load_tokenizer
 
 DEFAULT_DOCUMENTS = 50_000
@@ -142,7 +149,7 @@ def select_proxies(owner: Sequence[str], public: Sequence[str], out: str | os.Pa
     scored, seconds, where = _score(state, public_files, parts, options)
     scores = state.scores(len(public_files), parts)
     skipped = {"owner": owner_skipped, "public": sum((one.bad for one in scores), Counter())}
-    _check_bad(skipped["public"], options)
+    BadDocuments(options.max_bad, skipped["public"]).check()  # each shard alone may have had few enough
     with atomic_directory(out) as folder:
         selection = select(public_files, scores, state, budget=options.tokens, jaccard=options.jaccard,
                            tokenizer=options.tokenizer, text_key=options.text_key, parts=parts, where=options.where,
@@ -178,16 +185,8 @@ def _owner_signatures(state: ProxyState, files: list[Path], options: ProxyOption
         state.save_arrays("owner", **found._asdict(), **counter_arrays(bad))
         kept = state.arrays("owner")
     bad = as_counter(kept)
-    _check_bad(bad, options)
+    BadDocuments(options.max_bad, bad).check()
     return len(kept["exact"]), bad
-
-
-def _check_bad(bad: Counter[str], options: ProxyOptions) -> None:
-    """Unusable documents of all shards: each alone may have had few enough."""
-    if bad.total() > options.max_bad:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(bad.items()))
-        raise FlexOlmoError(f"{bad.total()} unusable documents ({kinds}): more than the {options.max_bad} that "
-                            "--max-bad allows")
 
 
 def _sample(files: list[Path], options: ProxyOptions) -> list[str]:

@@ -64,15 +64,22 @@ class BadDocuments:
         self.counts[bad.kind] += 1
         if len(self.first) < _SHOWN:
             self.first.append(bad)
+        self.check()
+
+    def check(self) -> None:
+        """Raise FlexOlmoError if there are more than the limit."""
         if self.counts.total() > self.limit:
             raise FlexOlmoError(f"{self.report()}: more than the {self.limit} that --max-bad allows")
 
     def report(self) -> str:
-        """For example ``2 unusable documents (2 broken JSON), first a.jsonl:3 (broken JSON), ...``."""
+        """For example ``2 unusable documents (2 broken JSON), first a.jsonl:3 (broken JSON), ...``.
+
+        Where only their ``counts`` are known, without the places.
+        """
         total = self.counts.total()
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.counts.items()))
         places = ", ".join(f"{bad.file}:{bad.line} ({bad.kind})" for bad in self.first)
-        return f"{total} unusable document{'s' * (total != 1)} ({kinds}), first {places}"
+        return f"{total} unusable document{'s' * (total != 1)} ({kinds})" + f", first {places}" * bool(places)
 
 
 def find_files(inputs: Sequence[str]) -> list[Path]:

@@ -182,14 +182,15 @@ def preprocess(inputs: Sequence[str], out: str | Path, *, tokenizer: dict[str, s
             raise FlexOlmoError(f"{path} already exists; name another --out or remove it first")
     loaded = load_tokenizer(tokenizer)
     bad = BadDocuments(max_bad)
+    state = None
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(appear_together(paths))
         outputs = [Output(prefix, folder, loaded) for prefix in prefixes]
         if shards:
             from flexolmo_megatron.training.preprocess_shards import tokenize_in_shards
 
-            tokenize_in_shards(files, Path(out), outputs, bad, tokenizer=tokenizer, text_key=text_key, where=shards,
-                               valid_share=valid_share, seed=seed)
+            state = tokenize_in_shards(files, Path(out), outputs, bad, tokenizer=tokenizer, text_key=text_key,
+                                       where=shards, valid_share=valid_share, seed=seed)
         else:
             results = work(read_chunks(enumerate(files), text_key), _encoder, (loaded, text_key, seed), workers,
                            "tokenizing process")
@@ -207,4 +208,6 @@ def preprocess(inputs: Sequence[str], out: str | Path, *, tokenizer: dict[str, s
                 raise FlexOlmoError(f"no document for {output.prefix} among the {found} usable ones of "
                                     f"{len(files)} file{'s' * (len(files) != 1)}{skipped}")
             output.finish(bad.counts)
+    if state:
+        shutil.rmtree(state)
     return {str(output.prefix): output.info for output in outputs}, bad

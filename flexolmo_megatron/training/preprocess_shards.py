@@ -3,13 +3,10 @@
 The folder ``OUT.state`` holds those that are done, so that the same command goes on after a stop.
 """
 
-import shutil
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import read_json
 from flexolmo_megatron.shards import require_datatrove
 from flexolmo_megatron.shards.run import Where, open_state, progress_folder, run_shards
@@ -20,8 +17,11 @@ if TYPE_CHECKING:
 
 
 def tokenize_in_shards(files: Sequence[Path], out: Path, outputs: "Sequence[Output]", bad: BadDocuments, *,
-                       tokenizer: dict[str, str], text_key: str, where: Where, valid_share: float, seed: int) -> None:
+                       tokenizer: dict[str, str], text_key: str, where: Where, valid_share: float, seed: int) -> Path:
     """Add the documents of ``files`` to ``outputs`` and the counts of the unusable ones to ``bad``; see preprocess.py.
+
+    Returns:
+        The folder with the data sets of the files, which are needed until the ``outputs`` are there.
 
     Raises:
         FlexOlmoError: bad input, or too many unusable documents.
@@ -36,10 +36,9 @@ def tokenize_in_shards(files: Sequence[Path], out: Path, outputs: "Sequence[Outp
     step = Tokenize(state, reader, tokenizer, len(outputs), valid_share, seed)
     run_shards([reader, step], len(files), state, where, "tokenizing")
     for shard in range(len(files)):
-        bad.counts.update(Counter(read_json(step.folder(shard) / BAD, "counts of unusable documents")))
-    if bad.counts.total() > bad.limit:
-        raise FlexOlmoError(f"{bad.counts.total()} unusable documents: more than the {bad.limit} that --max-bad allows")
+        bad.counts.update(read_json(step.folder(shard) / BAD, "counts of unusable documents"))
+    bad.check()
     for number, output in enumerate(outputs):
         for shard in range(len(files)):
             output.append(step.folder(shard) / str(number))
-    shutil.rmtree(state)
+    return state

@@ -1,4 +1,5 @@
 import argparse
+import errno
 import gzip
 import json
 import os
@@ -17,6 +18,7 @@ from flexolmo_megatron.commands import data as data_command
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.shards.run import Where
 from flexolmo_megatron.training import document_pool, preprocess_steps
+from flexolmo_megatron.training import preprocess as preprocess_module
 from flexolmo_megatron.training.dataset_info import DatasetInfo
 from flexolmo_megatron.training.preprocess import preprocess
 from flexolmo_megatron.training.tokenizer import load_tokenizer
@@ -91,6 +93,10 @@ def test_files_tokenized_apart_give_bitwise_the_same(tmp_path):
             assert ((tmp_path / f"apart_{side}{suffix}").read_bytes()
                     == (tmp_path / f"here_{side}{suffix}").read_bytes()), (side, suffix)
     assert not (tmp_path / "apart.state").exists()
+    assert found[1].report() == "1 unusable document (1 empty document)"
+    write_jsonl(tmp_path / "c.jsonl", ["", "\n"])
+    with pytest.raises(FlexOlmoError, match=r"^3 unusable documents \(3 empty document\): more than the 2 that "):
+        preprocess(out=tmp_path / "too many", shards=Where(1), max_bad=2, **arguments)
 
 
 def test_tokenizing_apart_goes_on_after_a_stop(tmp_path, monkeypatch):
@@ -99,6 +105,12 @@ def test_tokenizing_apart_goes_on_after_a_stop(tmp_path, monkeypatch):
     arguments = {"inputs": [str(tmp_path / "*.jsonl")], "tokenizer": BYTE, "shards": Where(1)}
     tokenized = []
     run = preprocess_steps.Tokenize.run
+    finish = preprocess_module.Output.finish
+
+    def no_space(self, skipped):
+        if self.prefix == tmp_path / "set":  # not those of single files
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finish(self, skipped)
 
     def stop_at_the_second(self, data, rank=0, world_size=1):
         tokenized.append(rank)
@@ -112,6 +124,9 @@ def test_tokenizing_apart_goes_on_after_a_stop(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "c.jsonl", "set.state"]
     with pytest.raises(FlexOlmoError, match="set.state is what an earlier start with another choice of seed has left"):
         preprocess(out=tmp_path / "set", seed=1, **arguments)
+    with monkeypatch.context() as patch, pytest.raises(FlexOlmoError, match="set.bin: No space left on device; noth"):
+        patch.setattr(preprocess_module.Output, "finish", no_space)
+        preprocess(out=tmp_path / "set", **arguments)
     preprocess(out=tmp_path / "set", **arguments)
     assert tokenized == [0, 1, 1, 2]
     assert documents(tmp_path / "set") == TEXTS[:20] * 3
