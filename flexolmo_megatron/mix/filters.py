@@ -6,7 +6,7 @@ An option that is not given has the filter's own default, which for datatrove's 
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, get_origin
 
 from flexolmo_megatron.errors import FlexOlmoError, first_line, nearest
 
@@ -15,6 +15,12 @@ _UNSEEN = ("self", "exclusion_writer", "batch_size")
 
 _OF_WORDS = ("gopher_quality", "gopher_repetition", "c4_quality", "fineweb_quality")
 """Filters that split texts of a ``language`` into words."""
+
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"), int: ((int, float), "a number"), float: ((int, float), "a number"),
+    str: ((str,), "text"), tuple: ((list,), "a list"), list: ((list,), "a list"),
+}
+"""By the type of an option's default, or else of its annotation: what a recipe may give, and what an error calls it."""
 
 FILTERS = {
     "gopher_quality": ("datatrove.pipeline.filters", "GopherQualityFilter"),
@@ -61,7 +67,7 @@ class FilterSpec:
                 load_word_tokenizer(step.language)  # whether there is one, rather than at the first document
         except ImportError as error:
             raise FlexOlmoError(f"the filter {self.name} lacks a package: {first_line(error)}") from error
-        except ValueError as error:
+        except Exception as error:  # whatever a filter raises for an option that it cannot use
             raise FlexOlmoError(f"the filter {self.name}: {first_line(error)}") from error
         step.name = self.name
         return step
@@ -89,21 +95,15 @@ def parse_filter(where: str, value: Any) -> FilterSpec:
     for key, given in options.items():
         if key not in parameters:
             raise FlexOlmoError(f"{where}: filter {name}: unknown option {key!r}{nearest(str(key), parameters)}")
-        default = parameters[key].default
-        expected: tuple[tuple[type, ...], str] | None = None
-        if isinstance(default, bool):
-            expected = (bool,), "true or false"
-        elif isinstance(default, int | float):
-            expected = (int, float), "a number"
-        elif isinstance(default, str):
-            expected = (str,), "text"
-        elif isinstance(default, tuple | list):
-            expected = (list,), "a list"
-        if expected and given is not None and (not isinstance(given, expected[0])
-                                               or isinstance(given, bool) != isinstance(default, bool)):
-            raise FlexOlmoError(f"{where}: filter {name}: {key} = {given!r}: expected {expected[1]}")
+        default, annotation = parameters[key].default, parameters[key].annotation
+        kind = (get_origin(annotation) or annotation) if default in (None, Parameter.empty) else type(default)
+        if given is None or kind not in _KINDS:
+            continue
+        accepted, noun = _KINDS[kind]
+        if not isinstance(given, accepted) or isinstance(given, bool) != (kind is bool):
+            raise FlexOlmoError(f"{where}: filter {name}: {key} = {given!r}: expected {noun}")
     for key, parameter in parameters.items():
-        if parameter.default is Parameter.empty and key not in options:
+        if parameter.default is Parameter.empty and options.get(key) is None:
             raise FlexOlmoError(f"{where}: filter {name}: the option {key!r} is missing")
     return FilterSpec(name, options)
 

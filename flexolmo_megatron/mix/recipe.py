@@ -17,18 +17,21 @@
 A filter is a mapping of its name to its options, ``{gopher_quality: {min_doc_words: 20}}``, or its name alone.
 """
 
+import re
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from flexolmo_megatron.config.load import read_yaml
+from flexolmo_megatron.config.load import read_yaml, reason
 from flexolmo_megatron.errors import FlexOlmoError, nearest
 from flexolmo_megatron.mix.filters import FilterSpec, parse_filter
 
 NOT_STATED = "not stated"
+_SOURCE = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,11 @@ def load_recipe(name: str) -> Recipe:
     elif path.suffix not in (".yaml", ".yml"):
         raise FlexOlmoError(f"unknown recipe {name!r}{nearest(name, recipe_names())}; expected a YAML file, or one of "
                             f"{', '.join(recipe_names())}")
-    values: Any = OmegaConf.to_container(read_yaml(str(path), "a recipe"), resolve=True)
     where = f"recipe {name}"
+    try:
+        values: Any = OmegaConf.to_container(read_yaml(str(path), "a recipe"), resolve=True)
+    except OmegaConfBaseException as error:  # a reference ${…} to nothing
+        raise FlexOlmoError(reason(where, error)) from None
     _check(where, values, {"about": str, "facts": str, "sources": dict, "filters": list})
     if not values.get("sources"):
         raise FlexOlmoError(f"{where} has no sources")
@@ -84,6 +90,9 @@ def load_recipe(name: str) -> Recipe:
     sources = {}
     for source, content in values["sources"].items():
         place = f"{where}: source {source}"
+        if not _SOURCE.fullmatch(str(source)):
+            raise FlexOlmoError(f"{place}: expected a name of letters, digits, '_', '-' and '.', as it begins the "
+                                "names of files")
         content = content or {}
         _check(place, content, known)
         specs = [parse_filter(place, value) for value in [*(content.pop("filters", None) or []), *common]]

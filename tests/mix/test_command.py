@@ -120,6 +120,8 @@ def test_bad_arguments(words, message, capsys):
     ("about", "abuot", "unknown key 'abuot' (did you mean 'about'?)"),
     ("licence", "license", "source pages: unknown key 'license' (did you mean 'licence'?)"),
     ("[{number", "3\n#", "source code: filters = 3: expected a list"),
+    ("  code:", "  co/de:", "source co/de: expected a name of letters, digits, '_', '-' and '.', as it begins the "),
+    ("A test.", "${nothing}", "about: Interpolation key 'nothing' not found"),
     ("length", "lenght", "source pages: unknown filter 'lenght' (did you mean 'length'?)"),
 ])
 def test_bad_recipes(world, old, new, message, capsys):
