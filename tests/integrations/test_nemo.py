@@ -119,6 +119,17 @@ def merged(world):
 
 
 @needs_nemo
+def test_a_merged_model_with_biases_comes_and_goes_bitwise(world, merged, tmp_path):
+    in_nemo("load", f"{world}/merged", tmp_path / "nemo", "--", "export", tmp_path / "nemo", tmp_path / "back",
+            cwd=tmp_path)
+    before, after = open_model(f"{world}/merged"), open_model(tmp_path / "back")
+    assert after.card == before.card and before.card.model.router_bias
+    before, after = tensors_of(before), tensors_of(after)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@needs_nemo
 @pytest.mark.parametrize(("kind", "ours", "frozen"), [
     ("anchor", ["dense", "anchor={world}/anchor_run"], False),
     ("router", ["router", "merged={world}/merged", "data.proxies.own=[{world}/own]", "optimizer.lr_warmup_iters=0"],
