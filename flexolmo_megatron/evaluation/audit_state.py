@@ -10,6 +10,7 @@ from typing import IO, Any
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.audit_passages import Passage
 from flexolmo_megatron.evaluation.audit_results import Similarity
+from flexolmo_megatron.evaluation.settings import check_same_settings
 
 SIMILARITIES = "similarities.jsonl"
 
@@ -50,7 +51,7 @@ class AuditState:
                     if value is None:
                         break
                     if number == 0:
-                        self._check(value["setup"], json.loads(json.dumps(setup)))
+                        check_same_settings(self._path.parent, "an audit", value["setup"], setup)
                     else:
                         key = value["model"], value["corpus"], int(value["key"])
                         self._found[key] = Similarity(float(value["passage"]), float(value["continuation"]))
@@ -59,16 +60,6 @@ class AuditState:
                                         "again") from error
                 whole += len(line)
         return whole
-
-    def _check(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        for name, value in now.items():
-            if before.get(name) == value:
-                continue
-            if name == "files":
-                raise FlexOlmoError(f"{self._path.parent} holds an audit of models whose files have changed since: "
-                                    "name a new directory, or remove this one")
-            raise FlexOlmoError(f"{self._path.parent} holds an audit with {name} = {before.get(name)}, and this one "
-                                f"has {value}: name a new directory, or remove this one")
 
     def _as_error(self, error: OSError) -> FlexOlmoError:
         return FlexOlmoError(f"cannot write {self._path}: {error.strerror or error}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import yaml
 from flexolmo_megatron.errors import FlexOlmoError, first_line, nearest
 from flexolmo_megatron.evaluation.suites.functions import DOCS, JUDGED, RESULTS, judged
 from flexolmo_megatron.evaluation.suites.judge import Judge
+from flexolmo_megatron.training.documents import is_parquet, read_records
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -105,19 +107,24 @@ def load_suite(path: Path = PAPER) -> Suite:
         tasks = {name: SuiteTask(name, **{**entry, "parts": tuple(entry.get("parts", ()))})
                  for name, entry in value["tasks"].items()}
         suite = Suite(value["name"], {group: list(names) for group, names in value["groups"].items()}, tasks)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, UnicodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise FlexOlmoError(f"{path} cannot be read as a suite of tasks: {first_line(error)}") from error
     for names in [*suite.groups.values(), *(task.parts for task in tasks.values())]:
         for name in names:
             if "/" not in name and name not in tasks:
                 raise FlexOlmoError(f"{path} names the task {name!r}, which it does not define{nearest(name, tasks)}")
     for task in tasks.values():
-        if (task.config is None) == (not task.parts):
-            raise FlexOlmoError(f"{path}: task {task.name!r} needs either a config or parts")
-        for key, known in (("process_docs", DOCS), ("process_results", [*RESULTS, JUDGED])):
+        if (task.config is None) == (not task.parts) or not isinstance(task.config, dict | None):
+            raise FlexOlmoError(f"{path}: task {task.name!r} needs either a config, which is a mapping, or parts")
+        for key, known in (("process_docs", [*DOCS]), ("process_results", [*RESULTS, JUDGED])):
             if (given := (task.config or {}).get(key)) is not None and given not in known:
-                raise FlexOlmoError(f"{path}: task {task.name!r} has {key} = {given!r}{nearest(given, known)}: "
+                raise FlexOlmoError(f"{path}: task {task.name!r} has {key} = {given!r}{nearest(str(given), known)}: "
                                     f"expected one of {', '.join(known)}")
+    try:
+        TopologicalSorter({task.name: [part for part in task.parts if "/" not in part]
+                           for task in tasks.values()}).prepare()
+    except CycleError as error:
+        raise FlexOlmoError(f"{path}: task {error.args[1][0]!r} is a part of itself") from None
     return suite
 
 
@@ -131,7 +138,6 @@ def _local_data(name: str, folder: Path | None) -> Callable[..., dict] | None:
         raise FlexOlmoError(f"{folder / name} holds no data: expected a file for each split, such as test.jsonl")
 
     def read(**_: Any) -> dict:
-        import gzip
         import json
 
         import datasets
@@ -139,11 +145,12 @@ def _local_data(name: str, folder: Path | None) -> Callable[..., dict] | None:
         splits = {}
         for split, path in files.items():
             try:
-                if path.suffix == ".parquet":
+                if is_parquet(path):
                     splits[split] = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
                 else:
-                    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-                        splits[split] = datasets.Dataset.from_list([json.loads(line) for line in file if line.strip()])
+                    splits[split] = datasets.Dataset.from_list([json.loads(line) for _, line in read_records(path, "")])
+            except FlexOlmoError:
+                raise
             except (OSError, ValueError) as error:
                 raise FlexOlmoError(f"{path} cannot be read: {first_line(error)}") from error
         return splits

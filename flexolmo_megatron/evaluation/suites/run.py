@@ -1,10 +1,9 @@
 """Running a suite: every model on every task; what is done is kept, so that the same call goes on after a stop."""
 
-import gc
 import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +12,12 @@ import torch
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.errors import FlexOlmoError, nearest
 from flexolmo_megatron.evaluation.candidates import Candidate, file_stamp
+from flexolmo_megatron.evaluation.settings import check_same_settings
 from flexolmo_megatron.evaluation.suites.judge import Judge
 from flexolmo_megatron.evaluation.suites.load import Suite, SuiteTask, build_task, harness_tasks
 from flexolmo_megatron.evaluation.suites.results import SuiteResults, TaskScore, mean_score
 from flexolmo_megatron.files import read_json, write_json
-from flexolmo_megatron.inference.model import load_model
+from flexolmo_megatron.inference.model import free_memory, load_model
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -110,31 +110,26 @@ class _Done:
     def __init__(self, out: Path, setup: dict[str, Any]) -> None:
         self._folder = out / "tasks"
         if (out / SETUP).exists():
-            before = read_json(out / SETUP, "the settings of a suite's run")
-            for name, value in setup.items():
-                if before.get(name) != value and name == "files":
-                    raise FlexOlmoError(f"{out} holds a run of models whose files have changed since: name a new "
-                                        "directory, or remove this one")
-                if before.get(name) != value:
-                    raise FlexOlmoError(f"{out} holds a run with {name} = {before.get(name)}, and this one has "
-                                        f"{value}: name a new directory, or remove this one")
+            check_same_settings(out, "a run", read_json(out / SETUP, "the settings of a suite's run"), setup)
         elif out.exists() and any(out.iterdir()):
             raise FlexOlmoError(f"{out} already exists and holds no run of a suite; name a new directory")
         self._folder.mkdir(parents=True, exist_ok=True)
         write_json(out / SETUP, setup)
 
-    def _path(self, model: str, leaf: str) -> Path:
-        return self._folder / f"{hashlib.sha256(f'{model}:{leaf}'.encode()).hexdigest()[:16]}.json"
+    def _path(self, model: str, leaf: str, task: SuiteTask) -> Path:
+        # With what the task is: the user may have changed the suite's file since.
+        key = repr((model, leaf, replace(task, verified="", differs="")))
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
-    def get(self, model: str, leaf: str) -> TaskScore | None:
-        path = self._path(model, leaf)
+    def get(self, model: str, leaf: str, task: SuiteTask) -> TaskScore | None:
+        path = self._path(model, leaf, task)
         if not path.exists():
             return None
         value = read_json(path, "a task's score")
         return TaskScore(value["score"], value["stderr"], value["documents"])
 
-    def add(self, model: str, leaf: str, score: TaskScore) -> None:
-        write_json(self._path(model, leaf), {"model": model, "task": leaf, **asdict(score)})
+    def add(self, model: str, leaf: str, task: SuiteTask, score: TaskScore) -> None:
+        write_json(self._path(model, leaf, task), {"model": model, "task": leaf, **asdict(score)})
 
 
 def run_suite(suite: Suite, candidates: Sequence[Candidate], out: Path, options: SuiteOptions) -> SuiteResults:
@@ -179,18 +174,16 @@ def run_suite(suite: Suite, candidates: Sequence[Candidate], out: Path, options:
             for name in names:
                 parts = []
                 for leaf, task, file in suite.leaves(name):
-                    score = done.get(candidate.name, leaf)
+                    score = done.get(candidate.name, leaf, task)
                     if score is None:
                         built = build_task(leaf, task, file, options.data, options.judge)
                         score = score_task(lm, leaf, task, built, options.limit)
-                        done.add(candidate.name, leaf, score)
+                        done.add(candidate.name, leaf, task, score)
                     parts.append(score)
                 scores[candidate.name][name] = score = mean_score(parts)
                 error = "" if score.stderr is None else f" ± {score.stderr:.1f}"
                 print(f"{candidate.name} on {name}: {score.score:.1f}{error} %, {score.documents:,} documents",
                       file=sys.stderr, flush=True)
         del model
-        gc.collect()  # modules and their hooks refer to one another
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
     return SuiteResults(suite, scores, skipped, setup)

@@ -100,6 +100,12 @@ def test_the_command(models, data, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(run, "score_task", lambda *_: pytest.fail("it was computed already"))
     assert main(command) == 0
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(PAPER.read_text().replace("max_gen_toks: 50", "max_gen_toks: 51"))
+    computed = []
+    monkeypatch.setattr(run, "score_task", lambda _, name, *__: computed.append(name) or TaskScore(0.0, None, 1))
+    assert main([*command, "--suite", str(changed)]) == 0
+    assert computed == ["squad"], "a score belongs to the task as it was"
     assert main([*command, "--seed", "1"]) == 2
     assert "holds a run with seed = 0, and this one has 1: name a new directory" in capsys.readouterr().err
 
@@ -186,9 +192,13 @@ def test_what_is_refused(models, data, tmp_path):
     ("[mmlu]", "[mnlu]", "names the task 'mnlu', which it does not define (did you mean 'mmlu'?)"),
     ("process_docs: squad", "process_docs: squat", "task 'squad' has process_docs = 'squat' (did you mean 'squad'?)"),
     ("groups:", "gruops:", "cannot be read as a suite of tasks"),
+    ("process_docs: squad", "process_docs: [squad]", "process_docs = ['squad'] (did you mean 'squad'?)"),
+    ("name: FlexOlmo", "name: \udcff", "cannot be read as a suite of tasks: 'utf-8' codec can't decode byte 0xff"),
+    ("[math_algebra,", "[minerva_math,", "task 'minerva_math' is a part of itself"),
+    ("config: {<<: *arc, dataset_name: ARC-Challenge}", "config: 3", "'arc_challenge' needs either a config, which "),
 ])
 def test_suite_files_with_mistakes(tmp_path, old, new, message):
     path = tmp_path / "suite.yaml"
-    path.write_text(PAPER.read_text().replace(old, new, 1))
+    path.write_bytes(PAPER.read_text().replace(old, new, 1).encode("utf-8", "surrogateescape"))
     with pytest.raises(FlexOlmoError, match=re.escape(message)):
         load_suite(path)
