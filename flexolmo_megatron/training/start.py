@@ -106,7 +106,7 @@ def fill_pair(chunks: list[GPTModel], anchor: LazyModel, rows: torch.Tensor) -> 
 def fill(chunks: list[GPTModel], planned: Plan, config: TrainConfig) -> None:
     """Give another trainer's new model the weights that a run starts from. Called by all ranks.
 
-    Of a pair, what is the anchor's is frozen then, and the card names the anchor.
+    The card of an owner's run names its anchor then, and of a pair what is the anchor's is frozen.
 
     Args:
         chunks: this rank's part, all of its virtual pipeline stages.
@@ -116,8 +116,9 @@ def fill(chunks: list[GPTModel], planned: Plan, config: TrainConfig) -> None:
     Raises:
         FlexOlmoError: the domain vector was made for another anchor; a tensor cannot be read.
     """
+    rows = None if planned.anchor is None else name_anchor(planned, config)
     if planned.card.kind == "pair":
-        fill_pair(chunks, planned.anchor, name_anchor(planned, config))
+        fill_pair(chunks, planned.anchor, rows)
     else:
         load_weights(chunks, planned.source)
 

@@ -4,13 +4,22 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
 from flexolmo_megatron.cli import main
+from flexolmo_megatron.config.train import ExpertConfig, TrainConfig
 from flexolmo_megatron.convert.lazy import LazyTensor
 from flexolmo_megatron.convert.megatron_writer import save_megatron
 from flexolmo_megatron.convert.model import open_model
+from flexolmo_megatron.convert.variants import as_dense
 from flexolmo_megatron.exchange.digest import model_digest
-from tests.random_models import random_model
+from flexolmo_megatron.model.builder import build_model
+from flexolmo_megatron.model.config import transformer_config
+from flexolmo_megatron.model.weights import live_model
+from flexolmo_megatron.runtime.setup import initialize
+from flexolmo_megatron.training.planning import plan_expert
+from flexolmo_megatron.training.start import fill
+from tests.random_models import random_model, tensors_of
 from tests.training.runs import SMALL
 
 
@@ -55,6 +64,19 @@ def test_a_run_with_another_anchor_or_expert_is_not_resumed(world, expert_option
     assert main(expert_options(tmp_path / "run", *options, "expert.name=mine")) == 2
     assert "its experts is ['public', 'own'], this run's is ['public', 'mine']" in capsys.readouterr().err
     assert main(expert_options(tmp_path / "run", *options)) == 0
+
+
+def test_what_another_trainer_fills_names_its_anchor_also_where_a_dense_copy_trains(world):
+    initialize()
+    owner = ExpertConfig("own", f"{world}/own.npz", coordination=False)
+    config = TrainConfig(out="", anchor=f"{world}/anchor", expert=owner)
+    planned = plan_expert(config)
+    model = build_model(planned.card.model, "dense", transformer_config(planned.card.model, "dense"))
+    fill([model], planned, config)
+    assert planned.card.anchor_digest == model_digest(open_model(world / "anchor"))
+    filled, anchor = tensors_of(live_model(model, planned.card)), tensors_of(as_dense(open_model(world / "anchor")))
+    assert filled.keys() == anchor.keys()
+    assert all(torch.equal(filled[name], anchor[name]) for name in anchor)
 
 
 @pytest.mark.parametrize(("options", "passes"), [([], 2), (["expert.random_row=true"], 1)])
