@@ -1,6 +1,7 @@
 """Training in Megatron-Bridge's own trainer: recipes, with what ``flexolmo train`` starts from, freezes and reads.
 
-Not covered: router tuning, and the options that ``_WITHOUT`` names.
+Not covered: router tuning, and the options that ``_WITHOUT`` names, which are refused. ``checkpoint_hash`` and
+``max_skipped_steps`` have no effect: Bridge's trainer has checks of its own.
 """
 
 import os
