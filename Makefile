@@ -42,4 +42,4 @@ $(VENV)/.installed: setup.py requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(FRAMEWORKS:%=.venv-%) build *.egg-info
+	rm -rf $(VENV) .venv-* build *.egg-info
