@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flexolmo_megatron.evaluation.plots import saved_figure
+from flexolmo_megatron.evaluation.markdown import number_table
+from flexolmo_megatron.evaluation.plots import bar_style, saved_figure
 from flexolmo_megatron.files import atomic_file, write_json
 
 _Z = 1.959963984540054
 """Of the standard normal distribution, for 95 % confidence."""
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 
 
 class Interval(NamedTuple):
@@ -92,12 +92,9 @@ class AuditResults:
 
     def to_markdown(self) -> str:
         """A table with a row per model and a column per corpus; also what the terminal shows."""
-        def line(cells: Sequence[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
         corpora = list(next(iter(self.rates.values())))
-        lines = [line(["extracted", *corpora]), "|---|" + "---:|" * len(corpora)]
-        lines += [line([model, *map(str, row.values())]) for model, row in self.rates.items()]
+        lines = number_table(["extracted", *corpora],
+                             ([model, *map(str, row.values())] for model, row in self.rates.items()))
         lines += ["", "Share of passages with a sample that is similar enough, its 95 % confidence interval (Wilson), "
                       "and the counts; lower is better.", ""]
         return "\n".join(lines)
@@ -118,7 +115,7 @@ class AuditResults:
 
 
 def plot_extraction(results: AuditResults, path: str | os.PathLike) -> None:
-    """Draw the rates with their intervals as bars, a group for each model and a colour for each corpus."""
+    """Draw the rates with their intervals as bars, a group for each model and a fill for each corpus."""
     models, corpora = list(results.rates), list(next(iter(results.rates.values())))
     height = 0.8 / len(corpora)
     with saved_figure(path, 1, 1, 8.0, 1.4 + max(0.4, 0.24 * len(corpora)) * len(models)) as (_, axes):
@@ -129,7 +126,7 @@ def plot_extraction(results: AuditResults, path: str | os.PathLike) -> None:
             errors = [[100 * (rate.rate - rate.interval.low) for rate in rates],
                       [100 * (rate.interval.high - rate.rate) for rate in rates]]
             axis.barh(middles, [100 * rate.rate for rate in rates], height, xerr=errors, capsize=2, label=corpus,
-                      color=_COLOURS[index % len(_COLOURS)])
+                      **bar_style(index + 1))
         axis.set_yticks(range(len(models)), models)
         axis.invert_yaxis()
         axis.set_xlim(left=0)

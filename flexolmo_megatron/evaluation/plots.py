@@ -55,7 +55,7 @@ def saved_figure(path: str | os.PathLike, rows: int, columns: int, width: float,
         figure.savefig(file, format="png", dpi=150)
 
 
-def _style(index: int) -> dict[str, str]:
+def bar_style(index: int) -> dict[str, str]:
     """Fill of the bars of expert or model ``index``: grey for the first, then a colour each, hatched if repeated."""
     if index == 0:
         return {"color": _GREY}
@@ -139,7 +139,7 @@ def plot_routing_share(routing: "Mapping[str, Mapping[str, RoutingShare]]", path
                 for index, name in enumerate(share.experts):
                     heights = [100 * layer[index] for layer in share.weight]
                     bars = axis.bar(range(len(heights)), heights, bottom=bottom, width=0.85,
-                                    **_style(experts.index(name)))
+                                    **bar_style(experts.index(name)))
                     shown.setdefault(name, bars)
                     bottom = [low + high for low, high in zip(bottom, heights, strict=True)]
                 axis.set_ylim(0, 100)
@@ -179,7 +179,7 @@ def plot_opt_out(bits_per_byte: Mapping[str, Mapping[str, float]], path: str | o
         for index, model in enumerate(models):
             left = [column + (index - (len(models) - 1) / 2) * width for column in range(len(domains))]
             heights = [bits_per_byte[model][domain] for domain in domains]
-            bars = axis.bar(left, heights, width=0.92 * width, label=model, **_style(index))
+            bars = axis.bar(left, heights, width=0.92 * width, label=model, **bar_style(index))
             axis.bar_label(bars, [f"{value:.2f}" for value in heights], fontsize=7, padding=2)
             for domain, bar in zip(domains, bars, strict=True):
                 if opted_out.get(domain) == model:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flexolmo_megatron.errors import FlexOlmoError, nearest
+from flexolmo_megatron.evaluation.markdown import number_table
 from flexolmo_megatron.evaluation.perplexity import DomainScore
 from flexolmo_megatron.evaluation.routing import RoutingShare
 from flexolmo_megatron.files import atomic_file, write_json
@@ -106,15 +107,12 @@ class Results:
 
     def to_markdown(self) -> str:
         """A table with a row per model and a column per domain."""
-        def line(cells: list[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
         def cell(number: str, change: str, best: bool) -> str:
             text = f"{number} ({change})" if change else number
             return f"**{text}**" if best else text
 
-        lines = [line(["model", *self.domains]), "|---|" + "---:|" * len(self.domains)]
-        lines += [line([model, *self._cells(model, cell)]) for model in self.models]
+        lines = number_table(["model", *self.domains],
+                             ([model, *self._cells(model, cell)] for model in self.models))
         return "\n".join([*lines, "", self._caption("the best of each column in bold"), ""])
 
     def to_rich(self) -> Table:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flexolmo_megatron.evaluation.markdown import number_table
 from flexolmo_megatron.evaluation.suites.load import Suite
 from flexolmo_megatron.files import atomic_file, write_json
 
@@ -70,22 +71,20 @@ class SuiteResults:
 
     def to_markdown(self) -> str:
         """The groups and, below, the tasks, with a row per model; "-" for what was not run."""
-        def line(cells: list[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
         def number(score: TaskScore | None) -> str:
             return "-" if score is None else f"{score.score:.1f}"
 
         columns = list(self.suite.groups)
-        lines = [line(["model", *columns, "Avg."]), "|---|" + "---:|" * (len(columns) + 1)]
+        rows = []
         for model in self.scores:
             groups, average = self.groups(model), self.average(model)
-            lines.append(line([model, *(number(groups.get(group)) for group in columns),
-                               "-" if average is None else f"{average:.1f}"]))
+            rows.append([model, *(number(groups.get(group)) for group in columns),
+                         "-" if average is None else f"{average:.1f}"])
+        lines = number_table(["model", *columns, "Avg."], rows)
         lines += ["", "Percent, higher is better; standard errors and notes on each task are in results.json.", ""]
         run = [task for task in self.suite.tasks if any(task in row for row in self.scores.values())]
-        lines += [line(["task", *self.scores]), "|---|" + "---:|" * len(self.scores)]
-        lines += [line([task, *(number(row.get(task)) for row in self.scores.values())]) for task in run]
+        lines += number_table(["task", *self.scores],
+                              ([task, *(number(row.get(task)) for row in self.scores.values())] for task in run))
         lines += ["", *(f"Not run: {task} ({reason})." for task, reason in self.skipped.items()), ""]
         return "\n".join(lines)
 
