@@ -39,7 +39,9 @@ def cluster():
 def launch_yaml(path: Path, out: Path, experts: dict, **sections) -> Path:
     """The YAML file of a launch of tiny models, one process on each of the two nodes."""
     world = path.parent
-    options = [*SMALL[7:], f"train_iters={STEPS}", "save_interval=30", "data.seq_length=32"]
+    # Of eight microbatches: steps must be slow beside the tests' commands, which interrupt runs at chosen steps.
+    options = [*SMALL[7:], f"train_iters={STEPS}", "save_interval=30", "data.seq_length=32", "global_batch_size=16",
+               "micro_batch_size=1"]
     each = {name: {"documents": [f"{world}/{name}.jsonl"], "options": [f"data.train=[{world}/{name}]"], **other}
             for name, other in experts.items()}
     OmegaConf.save(OmegaConf.create({
