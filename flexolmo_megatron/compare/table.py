@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.evaluation.markdown import number_table, table_row
 
 AVERAGE = "average"
 MERGED = ("FlexOlmo", "FlexOlmo tuned")
@@ -92,16 +93,15 @@ class Table:
         for group, title in GROUPS.items():
             rows = [row for row in self.rows if row.about["group"] == group]
             if rows:
-                lines = [_line(["method", *self.columns, "training tokens", "training FLOPs"]),
-                         "|---|" + "---:|" * (len(self.columns) + 2)]
-                lines += [_line(self.cells(row, "**")) for row in rows]
+                lines = number_table(["method", *self.columns, "training tokens", "training FLOPs"],
+                                     (self.cells(row, "**") for row in rows))
                 parts.append(f"## {title}\n\n" + "\n".join(lines))
         merged = [row for name in MERGED if (row := self.row(name))]
         if merged and self.best_single(AVERAGE):
-            lines = [_line(["method", *self.columns]), "|---|" + "---:|" * len(self.columns)]
-            lines += [_line([row.name, *(f"{self.change(row, column):+.1f} %" for column in self.columns)])
-                      for row in merged]
-            lines.append(_line(["best single model", *(self.best_single(column) for column in self.columns)]))
+            changes = [[row.name, *(f"{self.change(row, column):+.1f} %" for column in self.columns)]
+                       for row in merged]
+            best = ["best single model", *(self.best_single(column) for column in self.columns)]
+            lines = number_table(["method", *self.columns], [*changes, best])
             parts.insert(1, "## Does merging pay?\n\nChange of the bits per byte from the best single model: public, "
                             "dense or pair. Below zero is better.\n\n" + "\n".join(lines))
         seeds = ", ".join(map(str, self.seeds))
@@ -109,9 +109,10 @@ class Table:
                 f"{len(self.seeds)} seed{'s' * (len(self.seeds) > 1)} ({seeds}). In bold the best of each column; † "
                 "has seen the text that it predicts, and is never the best. Tokens and FLOPs are those of all training "
                 "runs behind a method, the public anchor's included.")
-        about = [_line(["method", "definition", "training runs", "a token costs", "source"]), "|---|---|---|---|---|"]
-        about += [_line([row.name, *(str(row.about[key]) for key in ("definition", "training", "inference", "source"))])
-                  for row in self.rows]
+        about = [table_row(["method", "definition", "training runs", "a token costs", "source"]),
+                 "|---|---|---|---|---|"]
+        keys = ("definition", "training", "inference", "source")
+        about += [table_row([row.name, *(str(row.about[key]) for key in keys)]) for row in self.rows]
         return "\n\n".join([*parts, note, "## What they are\n\n" + "\n".join(about)]) + "\n"
 
     def cells(self, row: Row, bold: str = "") -> list[str]:
@@ -124,10 +125,6 @@ class Table:
         mark = " †" if row.about["sees"] == "oracle" else ""
         return [row.name + mark, *numbers, f"{row.about['training_tokens'] / 1e6:,.2f} M",
                 f"{row.about['training_flops']:.2e}"]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def build_table(scores: Sequence[dict[str, Any]], domains: Sequence[str]) -> Table:

@@ -30,7 +30,7 @@ from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.audit_passages import Passage, sample_passages
 from flexolmo_megatron.evaluation.audit_results import AuditResults, Rate, Similarity
 from flexolmo_megatron.evaluation.audit_state import AuditState
-from flexolmo_megatron.evaluation.candidates import Candidate, file_stamp
+from flexolmo_megatron.evaluation.candidates import Candidate, candidate_settings
 from flexolmo_megatron.evaluation.compare import Options, check_inputs
 from flexolmo_megatron.inference.generate import Sampling, generate_tokens
 from flexolmo_megatron.inference.model import Model, free_memory, load_model
@@ -220,9 +220,7 @@ def audit(candidates: Sequence[Candidate], corpora: Mapping[str, Sequence[str]],
     _rapidfuzz()
     setup: dict[str, Any] = {
         "attack": asdict(attack),
-        "models": {candidate.name: {"path": str(candidate.path), "only": list(candidate.only),
-                                    "without": list(candidate.without)} for candidate in candidates},
-        "files": {str(candidate.path): file_stamp(candidate.path) for candidate in candidates},
+        **candidate_settings(candidates),
         "corpora": {corpus: list(files) for corpus, files in corpora.items()},
         "dtype": options.dtype, "rows": options.rows, "text_key": options.text_key, "texts": texts,
     }

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flexolmo_megatron.config.card import PUBLIC
 from flexolmo_megatron.convert.model import check_names
@@ -54,6 +55,15 @@ def file_stamp(path: Path) -> str:
     files = sorted((str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
                    for file in path.rglob("*") if file.is_file())
     return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def candidate_settings(candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """What results are kept with, as JSON values: the candidates, and the state of their files; see ``settings.py``."""
+    return {
+        "models": {candidate.name: {"path": str(candidate.path), "only": list(candidate.only),
+                                    "without": list(candidate.without)} for candidate in candidates},
+        "files": {str(candidate.path): file_stamp(candidate.path) for candidate in candidates},
+    }
 
 
 def parse_candidate(text: str) -> Candidate:

@@ -11,7 +11,7 @@ import torch
 
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.errors import FlexOlmoError, nearest
-from flexolmo_megatron.evaluation.candidates import Candidate, file_stamp
+from flexolmo_megatron.evaluation.candidates import Candidate, candidate_settings
 from flexolmo_megatron.evaluation.settings import check_same_settings
 from flexolmo_megatron.evaluation.suites.judge import Judge
 from flexolmo_megatron.evaluation.suites.load import Suite, SuiteTask, build_task, harness_tasks
@@ -152,15 +152,15 @@ def run_suite(suite: Suite, candidates: Sequence[Candidate], out: Path, options:
     names = [name for name in names if name not in skipped]
     if not names:
         raise FlexOlmoError("nothing to run: " + "; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
+    if options.data is not None and not options.data.is_dir():
+        raise FlexOlmoError(f"--data {options.data} is no folder: expected one of local data sets")
     for candidate in candidates:
         candidate.experts(open_model(candidate.path).card.expert_names)
     setup = {
         "suite": suite.name, "limit": options.limit, "dtype": options.dtype, "rows": options.rows, "seed": options.seed,
         "data": None if options.data is None else str(options.data),
         "judge": None if options.judge is None else options.judge.model,
-        "models": {candidate.name: {"path": str(candidate.path), "only": list(candidate.only),
-                                    "without": list(candidate.without)} for candidate in candidates},
-        "files": {str(candidate.path): file_stamp(candidate.path) for candidate in candidates},
+        **candidate_settings(candidates),
     }
     done = _Done(out, setup)
     scores: dict[str, dict[str, TaskScore]] = {candidate.name: {} for candidate in candidates}
