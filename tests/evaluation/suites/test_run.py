@@ -178,8 +178,8 @@ def test_what_is_refused(models, data, tmp_path):
         chosen_tasks(suite, ["arc_eazy"])
     with pytest.raises(FlexOlmoError, match="nothing to run: news_generation: no --judge-url was given"):
         run_suite(suite, [Candidate("m", models["merged"])], tmp_path / "a", SuiteOptions(["NewsG"]))
-    with pytest.raises(FlexOlmoError, match="--data nowhere is no folder: expected one of local data sets"):
-        run_suite(suite, [Candidate("m", models["merged"])], tmp_path / "a", SuiteOptions(["BBH"], data=Path("nowhere")))
+    with pytest.raises(FlexOlmoError, match="--data .*nowhere is no folder: expected one of local data sets"):
+        run_suite(suite, [Candidate("m", models["merged"])], tmp_path / "a", SuiteOptions(data=tmp_path / "nowhere"))
     assert not (tmp_path / "a").exists()
     with pytest.raises(FlexOlmoError, match="--limit 0: expected at least 1"):
         SuiteOptions(limit=0)
