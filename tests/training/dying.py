@@ -1,4 +1,5 @@
-"""``flexolmo …`` as a process of torchrun whose rank 1 sends itself DIE_OF in step DIE_AT_STEP of the first try."""
+"""``flexolmo …`` as a process of torchrun; process DIE_LOCAL_RANK of a node (1) sends itself DIE_OF in step DIE_AT_STEP
+of the first try."""
 
 import os
 import signal
@@ -8,7 +9,8 @@ from typing import Any
 from flexolmo_megatron.cli import main
 
 if __name__ == "__main__":
-    if "DIE_AT_STEP" in os.environ and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    dying = os.environ["LOCAL_RANK"] == os.environ.get("DIE_LOCAL_RANK", "1")
+    if "DIE_AT_STEP" in os.environ and dying and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         from flexolmo_megatron.runtime.setup import prepare
 
         prepare()
