@@ -9,8 +9,8 @@ from importlib import import_module
 from flexolmo_megatron import __version__
 from flexolmo_megatron.errors import REQUEUE_STATUS, FlexOlmoError, StopRequested
 
-COMMANDS = ("data", "mix", "train", "embed", "proxy", "convert", "exchange", "generate", "evaluation", "suite",
-            "audit", "compare", "bench", "plan", "launch")
+COMMANDS = ("data", "mix", "train", "embed", "proxy", "convert", "exchange", "calibrate", "generate", "evaluation",
+            "suite", "audit", "compare", "bench", "plan", "launch")
 """Modules of ``flexolmo_megatron.commands``, in the order of the help."""
 
 

@@ -70,7 +70,8 @@ def check_keys(what: str, values: Any, cls: type) -> None:
 
 
 def check_fields(what: str, values: Any, known: dict[str, type]) -> None:
-    """Refuse anything but a JSON object with some of the fields ``known``: texts, numbers from 0, or objects."""
+    """Refuse anything but a JSON object with some of the fields ``known``: texts, numbers from 0, true or false,
+    or objects."""
     if not isinstance(values, dict):
         raise FlexOlmoError(f"{what}: expected a JSON object, got {shown(values)}")
     for key, value in values.items():
@@ -78,6 +79,9 @@ def check_fields(what: str, values: Any, known: dict[str, type]) -> None:
             raise FlexOlmoError(f"unknown {what} field {shown(key)}{nearest(str(key), known)}")
         if known[key] is str:
             check_text(f"{what}.{key}", value)
+        elif known[key] is bool:
+            if type(value) is not bool:
+                raise FlexOlmoError(f"{what}.{key} = {shown(value)}: expected true or false")
         elif known[key] is not dict:
             check_number(f"{what}.{key}", value, known[key], smallest=0, largest=2**63 - 1)
 

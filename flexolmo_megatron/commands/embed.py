@@ -9,7 +9,10 @@ from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import check_free
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from flexolmo_megatron.convert.lazy import LazyModel
+    from flexolmo_megatron.domain.embed import Embedder
     from flexolmo_megatron.domain.vector import DomainVector
 
 
@@ -43,6 +46,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--scale", type=float, default=1.0, metavar="NORM",
                         help="Euclidean norm of each row; a router starts the more decided, the larger it is "
                              "(default: %(default)s)")
+    parser.add_argument("--centre", action="store_true",
+                        help="keep of each row only what tells it from the anchor's own, with the norm of --scale: the "
+                             "owner's router row starts at the anchor's plus that (data owner, published anchor)")
     parser.add_argument("--text-key", default="text", metavar="KEY",
                         help="key of the JSON objects, or Parquet column, that holds a document (default: %(default)s)")
     parser.add_argument("--max-bad", type=int, default=100, metavar="N",
@@ -76,6 +82,9 @@ def _check_targets(args: argparse.Namespace, anchor: "LazyModel") -> None:
     if args.publish and card.kind != "dense":
         raise FlexOlmoError(f"--publish needs a dense model, {args.anchor} is a {card.kind} model with the experts "
                             f"{', '.join(card.expert_names)}")
+    if args.centre and (card.kind == "dense" or args.publish):
+        raise FlexOlmoError(f"--centre compares with the rows of a published anchor: expected one, without --publish; "
+                            f"{args.anchor} is a {card.kind} model")
     if not Path(args.out).resolve().parent.is_dir():
         raise FlexOlmoError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist")
     if Path(args.out).is_dir():
@@ -110,7 +119,7 @@ def _compare(vector: "DomainVector", anchor: "LazyModel") -> None:
     from flexolmo_megatron.untrusted import printable
 
     public = public_rows(anchor)
-    if public is None:
+    if public is None or vector.centred:
         return
     rows = torch.from_numpy(vector.vectors)
     cosines = torch.nn.functional.cosine_similarity(rows, public, dim=-1)
@@ -119,6 +128,19 @@ def _compare(vector: "DomainVector", anchor: "LazyModel") -> None:
     if theirs and theirs.rpartition("@")[2] != ours.rpartition("@")[2]:
         print(f"warning: the anchor's public row was made with {theirs}, this vector with {ours}: rows of different "
               "embedders have nothing to do with each other", file=sys.stderr)
+
+
+def _centre(anchor: "LazyModel", embedder: "Embedder") -> "np.ndarray":
+    """The anchor's rows, which must be of the same embedder."""
+    from flexolmo_megatron.domain.publish import public_rows
+    from flexolmo_megatron.untrusted import shown
+
+    theirs = str(anchor.card.experts[0].router.get("embedder", ""))
+    if theirs.rpartition("@")[2] != embedder.digest[:12]:
+        raise FlexOlmoError(f"--centre: the anchor's row was made with {shown(theirs)}, this vector would be with "
+                            f"{embedder.name}@{embedder.digest[:12]}: expected the same embedder")
+    rows = public_rows(anchor).numpy()
+    return rows if (rows != rows[0]).any() else rows[:1]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -139,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
     unfinished = Path(f"{args.out}.state")
     vector = domain_vector(embedder, texts, hidden_size=anchor.card.model.hidden_size, dense_digest=digest,
                            seed=args.seed, batch_size=args.batch_size, norm=args.scale, privacy=privacy,
-                           resume=unfinished)
+                           centre=_centre(anchor, embedder) if args.centre else None, resume=unfinished)
     save_vector(vector, args.out)
     unfinished.unlink(missing_ok=True)
     rows, width = vector.vectors.shape

@@ -121,11 +121,9 @@ def run_pack(args: argparse.Namespace) -> None:
 
 def _uncoordinated(dense: "LazyModel", anchor: "LazyModel | None", args: argparse.Namespace) -> "LazyModel":
     """What an owner who trained a dense copy (expert.coordination=false) hands over."""
-    import torch
-
     from flexolmo_megatron.config.card import ExpertRecord, check_expert_name
     from flexolmo_megatron.convert.variants import as_pair
-    from flexolmo_megatron.domain.publish import dense_digest
+    from flexolmo_megatron.domain.publish import dense_digest, owner_rows
     from flexolmo_megatron.domain.vector import load_vector
 
     if dense.card.kind != "dense":
@@ -142,7 +140,7 @@ def _uncoordinated(dense: "LazyModel", anchor: "LazyModel | None", args: argpars
     if vector.dense_digest != digest:
         raise FlexOlmoError(f"{args.domain_vector} was made with another anchor (digest {vector.dense_digest[:12]}…): "
                             f"expected one made with {args.anchor} (digest {digest[:12]}…)")
-    return as_pair(dense, torch.from_numpy(vector.vectors), ExpertRecord(args.name, router=vector.record()))
+    return as_pair(dense, owner_rows(vector, anchor), ExpertRecord(args.name, router=vector.record()))
 
 
 def run_verify(args: argparse.Namespace) -> None:

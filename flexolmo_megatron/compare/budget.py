@@ -7,6 +7,7 @@ from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.launch.plan_compute import chunk_flops
 from flexolmo_megatron.launch.plan_work import Layout, Mode, chunks, work_of
+from flexolmo_megatron.training.flops import forward_flops
 
 
 def run_tokens(config: TrainConfig) -> int:
@@ -26,7 +27,10 @@ def step_flops(mode: str, model: ModelConfig, config: TrainConfig) -> int:
         mode = "dense"
     work = work_of(replace(config, model=model), cast(Mode, mode), "local")
     layout = Layout(world=1, micro_batch=config.global_batch_size)
-    return round(sum(chunk_flops(work, layout, chunk) for chunk in chunks(work, layout, 0)))
+    flops = sum(chunk_flops(work, layout, chunk) for chunk in chunks(work, layout, 0))
+    if mode == "expert" and config.expert.anchor_kl_coeff:  # the anchor alone, on public sequences
+        flops += config.data.public_share * forward_flops(model, config.global_batch_size, config.data.seq_length)
+    return round(flops)
 
 
 def run_flops(mode: str, model: ModelConfig, config: TrainConfig) -> int:

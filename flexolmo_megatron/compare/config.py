@@ -1,6 +1,7 @@
 """The YAML file of ``flexolmo compare``, and the training configuration of each run that follows from it."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -102,7 +103,8 @@ class CompareConfig:
     """Which of the usual ablations; each changes the setting in what its name says."""
     variants: dict[str, Any] = field(default_factory=dict)
     """Further ablations: a name, and the options of the owners' runs and of `embed` in which it differs from FlexOlmo,
-    for example {half replay: {data.public_share: 0.5, embed.scale: 2}}; setting: paper replaces the setting."""
+    for example {half replay: {data.public_share: 0.5, embed.scale: 2}}; setting: paper replaces the setting, and
+    calibrate: true chooses a temperature on public documents after the merge."""
     train: dict[str, Any] = field(default_factory=dict)
     """Options of all runs, as for `flexolmo train`, for example {data: {seq_length: 256}, global_batch_size: 16}; the
     following are for single kinds of runs and win."""
@@ -160,11 +162,22 @@ def owner_options(config: CompareConfig, variant: str | None) -> tuple[dict[str,
     """
     changes = flatten({} if variant is None else {**ABLATIONS, **config.variants}[variant] or {})
     setting = changes.pop("setting", None)
+    changes.pop("calibrate", None)
     options = SETTINGS[setting or config.setting](config.steps.owner)
     options = {**options, **(flatten(config.owner) if setting is None else {})}
     embed = {**flatten(config.embed), **{key.removeprefix("embed."): value for key, value in changes.items()
                                          if key.startswith("embed.")}}
     return options | {key: value for key, value in changes.items() if not key.startswith("embed.")}, embed
+
+
+def ablation_folder(name: str) -> str:
+    """Folder of an ablation or variant within a seed's."""
+    return "ablations/" + re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+
+
+def is_calibrated(config: CompareConfig, variant: str) -> bool:
+    """Whether an ablation's merged model gets a temperature that is chosen on public documents."""
+    return bool(flatten({**ABLATIONS, **config.variants}[variant] or {}).get("calibrate"))
 
 
 def training_config(config: CompareConfig, role: str, given: Mapping[str, Any],
@@ -226,6 +239,11 @@ def _check(config: CompareConfig) -> None:
         if value not in known:
             raise FlexOlmoError(f"{name}: there is no {value!r}{nearest(value, known)}; expected some of "
                                 f"{', '.join(known)}")
+    folders = [ablation_folder(name) for name in (*config.ablations, *config.variants)]
+    for name in (*config.ablations, *config.variants):
+        if folders.count(ablation_folder(name)) > 1:
+            raise FlexOlmoError(f"ablations, variants: two of them would be in the folder {ablation_folder(name)}: "
+                                f"expected none twice")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise FlexOlmoError(f"seeds = {config.seeds}: expected at least one, and none twice")
     for name, least in (("public", 1), ("owner", 1), ("router", 0), ("btx", 0)):

@@ -8,7 +8,15 @@ from typing import Any
 
 from flexolmo_megatron.compare import work
 from flexolmo_megatron.compare.budget import run_flops, run_tokens, step_flops
-from flexolmo_megatron.compare.config import ROLES, CompareConfig, flatten, owner_options, training_config
+from flexolmo_megatron.compare.config import (
+    ROLES,
+    CompareConfig,
+    ablation_folder,
+    flatten,
+    is_calibrated,
+    owner_options,
+    training_config,
+)
 from flexolmo_megatron.compare.report import write_report
 from flexolmo_megatron.compare.scores import score
 from flexolmo_megatron.compare.steps import Plan, Step
@@ -56,7 +64,7 @@ class Comparison:
         if method.family in DENSE_FAMILIES:
             owners = "dense"
         elif method.family == "ablations":
-            owners = next(name for name in self.flops if method.name == f"FlexOlmo, {name}")
+            owners = next((name for name in self.flops if method.name == f"FlexOlmo, {name}"), "owner")
         flops = sum(count * self.flops[owners if kind == "owner" else kind] for kind, count in method.runs.items())
         return method.training_tokens({**self.tokens, "owner": self.tokens.get(owners, 0)}), flops
 
@@ -154,8 +162,8 @@ class _Seed:
                                   tuple(inputs), tokens, flops, parallel=True))
 
     def publish(self, name: str, embed: Mapping[str, Any]) -> str:
-        """The anchor with its router row."""
-        config = self.config
+        """The anchor with its router row, which is never centred: there is nothing to compare it with."""
+        config, embed = self.config, {key: value for key, value in embed.items() if key != "centre"}
         return self.plan.add(Step(
             f"{self.prefix}/{name}", "the published anchor",
             work.publish(self.anchor_run, config.public.train, config.text_key, embed), {"embed": embed},
@@ -232,15 +240,27 @@ class _Seed:
                 models["tuned"] = self.path(made[-1], "run")
         models["ablations"] = {}
         for name in [*config.ablations, *config.variants] if "ablations" in self.chosen else ():
-            options = owner_options(config, name)
-            if options == usual:  # the paper's setting, where that is what is compared
+            options, calibrated = owner_options(config, name), is_calibrated(config, name)
+            if options == usual and not calibrated:  # the paper's setting, where that is what is compared
                 continue
-            folder = "ablations/" + re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+            folder = ablation_folder(name)
             its_anchor, vectors = anchor, "vectors"
-            if options[1] != usual[1]:  # rows of other embedders have nothing to do with each other
-                its_anchor, vectors = self.publish(f"{folder}/anchor", options[1]), f"{folder}/vectors"
+            if options[1] != usual[1]:
+                vectors = f"{folder}/vectors"
+                if {**options[1], "centre": None} != {**usual[1], "centre": None}:
+                    # Rows of other embedders have nothing to do with each other.
+                    its_anchor = self.publish(f"{folder}/anchor", options[1])
                 self.add_vectors(vectors, its_anchor, options[1])
-            made.append(self.add_merged(f"{folder}/", name, its_anchor, vectors))
+            if options == usual and "flexolmo" in self.chosen:  # only what comes after the merge differs
+                made.append(made[0])
+            else:
+                made.append(self.add_merged(f"{folder}/", name, its_anchor, vectors))
+            if calibrated:
+                merged = made[-1]
+                made.append(self.plan.add(Step(
+                    f"{self.prefix}/{folder}/calibrated", "choose a temperature on public documents",
+                    work.calibrate(self.path(merged, "model"), config.public.train, config.text_key), {},
+                    (merged, f"data/{PUBLIC}"))))
             models["ablations"][name] = self.path(made[-1], "model")
         return made
 

@@ -13,6 +13,7 @@ def _paper(steps: int) -> dict[str, Any]:
         "expert.bias": True,
         "expert.domain_loss_coeff": 0.0,
         "expert.routing_noise": 0.0,
+        "expert.anchor_kl_coeff": 0.0,
         "moe_z_loss_coeff": 1e-3,
         "optimizer.lr": 9e-4,
         "optimizer.min_lr": 0.0,
@@ -43,13 +44,19 @@ SETTINGS: Mapping[str, Callable[[int], dict[str, Any]]] = {"default": _default, 
 margin, experts learn beside noise on it, no z-loss. paper: section 4.1 of arXiv 2507.07024, all of it."""
 
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
-    "no coordination": {"expert.coordination": False, "expert.domain_loss_coeff": 0.0, "expert.routing_noise": 0.0},
+    "no coordination": {"expert.coordination": False, "expert.domain_loss_coeff": 0.0, "expert.routing_noise": 0.0,
+                        "expert.anchor_kl_coeff": 0.0},
     "no embedding init": {"expert.random_row": True},
     "no bias": {"expert.bias": False},
     "no embedding init, no bias": {"expert.random_row": True, "expert.bias": False},
+    "centred rows": {"embed.centre": True},
+    "anchor KL": {"data.public_share": 0.5, "expert.anchor_kl_coeff": 1.0},
+    "calibrated temperature": {"calibrate": True},
+    "no replay": {"data.public_share": 0.0, "expert.domain_loss_coeff": 0.0},
     "paper": {"setting": "paper"},
 }
-"""What each usual ablation changes; setting replaces the whole setting, and the options of the section owner."""
+"""What each usual ablation changes; setting replaces the whole setting, and the options of the section owner; calibrate
+is a step after the merge."""
 
 
 def _router(steps: int) -> dict[str, Any]:

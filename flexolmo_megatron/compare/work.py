@@ -115,6 +115,16 @@ def merge(anchor: Path, experts: Mapping[str, Path], vectors: Mapping[str, Path]
     return work
 
 
+def calibrate(merged: Path, public: Sequence[str], text_key: str) -> Work:
+    """A merged model with a temperature chosen on public documents, ``model``."""
+    def work(folder: Path) -> None:
+        if not (folder / "model").exists():
+            command("calibrate", str(merged), "--public", *public, "--text-key", text_key, "--out",
+                    str(folder / "model"))
+
+    return work
+
+
 def soup(paths: Sequence[Path]) -> Work:
     """The average of models, ``model``."""
     def work(folder: Path) -> None:

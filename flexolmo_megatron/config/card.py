@@ -26,8 +26,9 @@ PUBLIC = "public"
 
 MAX_CARD_BYTES = 16 * 1024 * 1024
 """Enough for a thousand experts with the longest texts."""
-ROUTER_FIELDS = {"embedder": str, "documents": int}
-"""How a router row was made: name of the embedder, number of documents whose embeddings were averaged."""
+ROUTER_FIELDS = {"embedder": str, "documents": int, "centred": bool}
+"""How a router row was made: name of the embedder, number of documents whose embeddings were averaged, and whether only
+their difference from the anchor's counted."""
 
 TUNED_MODEL = "model"
 """Folder of a run of router tuning that holds its result, a whole model."""
@@ -310,7 +311,8 @@ def _row_set(values: Any, what: str) -> RowSet:
                 check_expert_name(name)
         except FlexOlmoError as error:
             raise FlexOlmoError(f"{what}.{key}: {error}") from None
-        if (values["name"] == UNTUNED) != (not names):
+        # A temperature is calibrated on public text alone: its set has no proxies.
+        if names if values["name"] == UNTUNED else not names and key == "experts":
             expected = "no name" if names else "at least one name"
             raise FlexOlmoError(f"{what}.{key} = {shown(names)}: expected {expected} for the set {values['name']}")
     if not isinstance(values.get("training", {}), dict):

@@ -110,6 +110,10 @@ class ExpertConfig:
     """Standard deviation of noise on the owner's logit while training, drawn for each sequence and layer: the expert
     learns to work with any share of the routing weight, since other owners' experts will take some. The paper has
     none."""
+    anchor_kl_coeff: float = 0.0
+    """Weight of a loss that keeps the pair's next-token distribution near the anchor's on public documents: each token
+    of data.public adds this times KL(p_anchor || p_pair), in nats, to its cross-entropy. Needs data.public, and one
+    more forward pass of the anchor over public sequences. The paper has none."""
     ffn_hidden_size: int | None = None
     """Inner width of the expert; by default the anchor's. A narrower one starts from the first of the anchor's inner
     units."""
@@ -223,6 +227,22 @@ class TrainConfig:
             raise FlexOlmoError(f"expert.domain_margin = {self.expert.domain_margin}: expected a number above 0")
         if not 0 <= self.expert.routing_noise < math.inf:
             raise FlexOlmoError(f"expert.routing_noise = {self.expert.routing_noise}: expected a number of 0 or more")
+        self._validate_anchor_kl()
+
+    def _validate_anchor_kl(self) -> None:
+        coefficient = self.expert.anchor_kl_coeff
+        if not 0 <= coefficient < math.inf or (coefficient and not self.data.public):
+            raise FlexOlmoError(
+                f"expert.anchor_kl_coeff = {coefficient}: expected a number of 0 or more, and data.public where it is "
+                f"above 0"
+            )
+        # The schedule of a pipeline passes one microbatch on, not a second one of the anchor's; FP8 needs batches whose
+        # size is known; and without coordination there is no pair.
+        for name, usual in (("parallel.pipeline", 1), ("fp8.recipe", None), ("expert.coordination", True)):
+            if coefficient and (value := attrgetter(name)(self)) != usual:
+                raise FlexOlmoError(
+                    f"expert.anchor_kl_coeff = {coefficient} with {name} = {value}: expected {name} = {usual}, or 0"
+                )
 
     def _validate_numbers(self) -> None:
         """Check the range of each number that stands for itself."""

@@ -2,7 +2,8 @@
 
 Each row is scaled to the same norm, 1 by default. A mean hidden state grows with depth (every block of an OLMo-2 model
 adds a normed output to the residual stream) and its length says little about the domain, while routing logits grow with
-it: what a router should start from is the direction. Not done here: directions common to all text are not removed.
+it: what a router should start from is the direction. Directions that are common to all text are removed on demand:
+a centred row is the difference from the anchor's own.
 
 Legend: n documents, L layers, d dimension of the embedder, h hidden size.
 """
@@ -157,6 +158,7 @@ def domain_vector(
     batch_size: int = DEFAULT_BATCH_SIZE,
     norm: float = 1.0,
     privacy: GaussianMechanism | None = None,
+    centre: np.ndarray | None = None,
     resume: Path | None = None,
 ) -> DomainVector:
     """Make the domain vector of a sample of documents.
@@ -170,6 +172,7 @@ def domain_vector(
         batch_size: documents that are embedded at once; affects speed and memory alone.
         norm: Euclidean norm of each row.
         privacy: noise for the mean, see privacy.py.
+        centre: rows `[L or 1, h]` of the anchor whose directions are subtracted from those of the mean.
         resume: see ``mean_embedding``.
 
     Raises:
@@ -180,12 +183,12 @@ def domain_vector(
     rows, dropped = mean_embedding(embedder, texts, batch_size, privacy=privacy, resume=resume)
     if rows.shape[1] != hidden_size:
         rows = rows @ orthogonal_projection(rows.shape[1], hidden_size, dense_digest)
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    if not lengths.all():
-        raise FlexOlmoError(f"the embeddings of {len(texts)} documents by {embedder.name} average to zero, "
-                            "which has no direction")
+    rows = _directions(rows, f"the embeddings of {len(texts)} documents by {embedder.name} average to")
+    if centre is not None:
+        rows = _directions(rows - _directions(centre, "rows of the anchor are"),
+                           f"the direction of {len(texts)} documents differs from the anchor's by")
     return DomainVector(
-        vectors=(rows * (norm / lengths)).astype(np.float32),
+        vectors=(rows * norm).astype(np.float32),
         embedder=embedder.name,
         embedder_digest=embedder.digest,
         dense_digest=dense_digest,
@@ -194,7 +197,16 @@ def domain_vector(
         seed=seed,
         norm=float(norm),
         privacy=privacy,
+        centred=centre is not None,
     )
+
+
+def _directions(rows: np.ndarray, what: str) -> np.ndarray:
+    """Rows of norm 1; ``what`` begins the sentence on rows of zeros."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    if not lengths.all():
+        raise FlexOlmoError(f"{what} zero, which has no direction")
+    return rows / lengths
 
 
 def display_name(name: str) -> str:

@@ -37,12 +37,14 @@ def publish_anchor(dense: LazyModel, vector: DomainVector) -> LazyModel:
     caller to know: compare ``vector.dense_digest``.
 
     Raises:
-        FlexOlmoError: the model has experts already, or the vector does not fit it.
+        FlexOlmoError: the model has experts already, or the vector does not fit it or is itself centred.
     """
     card = dense.card
     if card.kind != "dense":
         raise FlexOlmoError(f"only a dense model can be published as an anchor, this is a {card.kind} model with the "
                             f"experts {', '.join(card.expert_names)}")
+    if vector.centred:
+        raise FlexOlmoError("a centred domain vector is a difference from an anchor's rows: expected one that is not")
     vector.check_fits(card.model.num_layers, card.model.hidden_size, "the domain vector")
     config = replace(card.model, num_experts=1, top_k=1)
     tensors = {}
@@ -66,3 +68,9 @@ def public_rows(anchor: LazyModel) -> torch.Tensor | None:
     rows = [anchor.tensors[f"model.layers.{layer}.mlp.gate.weight"].read()[0]
             for layer in range(anchor.card.model.num_layers)]
     return torch.stack(rows).float()
+
+
+def owner_rows(vector: DomainVector, anchor: LazyModel) -> torch.Tensor:
+    """Return the router rows fp32 `[L or 1, h]` that an owner's run starts from, beside a published anchor's."""
+    rows = torch.from_numpy(vector.vectors)
+    return public_rows(anchor) + rows if vector.centred else rows

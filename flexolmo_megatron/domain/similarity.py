@@ -18,9 +18,10 @@ from flexolmo_megatron.errors import FlexOlmoError
 
 
 def comparable(one: DomainVector, other: DomainVector) -> bool:
-    """Whether the angle between two vectors means anything: same embedder, same anchor, same shape."""
-    return (one.embedder_digest, one.dense_digest, one.vectors.shape) == (
-        other.embedder_digest, other.dense_digest, other.vectors.shape)
+    """Whether the angle between two vectors means anything: same embedder, same anchor, same shape, both
+    centred or neither."""
+    return (one.embedder_digest, one.dense_digest, one.vectors.shape, one.centred) == (
+        other.embedder_digest, other.dense_digest, other.vectors.shape, other.centred)
 
 
 def cosines(one: DomainVector, other: DomainVector) -> list[float]:
@@ -91,7 +92,8 @@ def render_vectors(description: dict[str, Any]) -> Group:
     for name, one in zip(names, files, strict=True):
         noise = one["privacy"] and "epsilon {epsilon:g}, delta {delta:g}, clip {clip:g}, sigma {sigma:.3g}".format(
             **one["privacy"])
-        values = (name, f"{one['rows']} x {one['width']}", f"{one['embedder']}@{one['embedder_digest'][:12]}",
+        rows = f"{one['rows']} x {one['width']}" + ", centred" * one["centred"]
+        values = (name, rows, f"{one['embedder']}@{one['embedder_digest'][:12]}",
                   one["dense_digest"][:12], f"{one['documents']:,}", f"{one['dropped']:,}", one["seed"],
                   f"{one['norm']:g}", noise or "none")
         listing.add_row(*(Text(str(value)) for value in values))
@@ -107,7 +109,7 @@ def render_vectors(description: dict[str, Any]) -> Group:
                  f"{found[key]:.4f}" if (key := (paths[min(row, column)], paths[max(row, column)])) in found else "-"
                  for column in range(len(names))]
         table.add_row(Text(name), *cells)
-    note = "- : vectors of different embedders, anchors or sizes have nothing to do with each other"
+    note = "- : vectors of different embedders, anchors or sizes, or with and without --centre, cannot be compared"
     return Group(listing, Text(""), table, *([Text(note)] if description["incomparable_pairs"] else []))
 
 

@@ -32,6 +32,8 @@ MAX_HIDDEN = 2**20
 MAX_NAME = 256
 """Longest name of an embedder, in characters."""
 
+_OPTIONS = {"privacy", "centred"}
+"""Metadata that the file of a vector without them does not have."""
 _WHAT = "a domain vector that 'flexolmo embed' wrote"
 
 
@@ -57,6 +59,8 @@ class DomainVector:
     """Euclidean norm that every row was scaled to."""
     privacy: GaussianMechanism | None = None
     """The noise that was added before, if any; then ``documents`` counts what was not finite, too, as zeros."""
+    centred: bool = False
+    """Whether the rows are differences from the anchor's own rows, to which ``owner_rows`` adds them."""
 
     def __post_init__(self) -> None:
         vectors, name = self.vectors, self.embedder
@@ -76,6 +80,8 @@ class DomainVector:
                 raise FlexOlmoError(f"{key} = {shown(value)}: expected a whole number of at least {smallest}")
         if type(self.norm) is not float or not 0 < self.norm < math.inf:
             raise FlexOlmoError(f"norm = {shown(self.norm)}: expected a number above 0")
+        if type(self.centred) is not bool:
+            raise FlexOlmoError(f"centred = {shown(self.centred)}: expected true or false")
         norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
         wrong = ~(np.abs(norms - self.norm) <= 1e-4 * self.norm)  # true for NaN and infinity, too
         if wrong.any():
@@ -100,7 +106,8 @@ class DomainVector:
 
     def record(self) -> dict[str, Any]:
         """How the row was made, as a checkpoint's card (``ExpertRecord.router``) and an expert package store it."""
-        return {"embedder": f"{self.embedder}@{self.embedder_digest[:12]}", "documents": self.documents}
+        made = {"embedder": f"{self.embedder}@{self.embedder_digest[:12]}", "documents": self.documents}
+        return {**made, "centred": True} if self.centred else made
 
 
 def save_vector(vector: DomainVector, path: str | os.PathLike) -> None:
@@ -110,8 +117,9 @@ def save_vector(vector: DomainVector, path: str | os.PathLike) -> None:
         FlexOlmoError: it cannot be written.
     """
     values = {key: value for key, value in asdict(vector).items() if key != "vectors"}
-    if vector.privacy is None:
-        del values["privacy"]
+    for option in _OPTIONS:
+        if not values[option]:
+            del values[option]
     metadata = json.dumps({"format_version": FORMAT_VERSION, **values}, ensure_ascii=False).encode()
     with atomic_file(path) as file:
         np.savez(file, vectors=np.ascontiguousarray(vector.vectors, "<f4"), metadata=np.frombuffer(metadata, np.uint8))
@@ -193,8 +201,8 @@ def _parse(data: bytes) -> DomainVector:
     version = values.pop("format_version", None)
     if type(version) is not int or version != FORMAT_VERSION:
         raise FlexOlmoError(f"format_version = {shown(version)}: this program reads version {FORMAT_VERSION}")
-    expected = {field.name for field in fields(DomainVector)} - {"vectors", "privacy"}
-    for key in (values.keys() - {"privacy"}) ^ expected:
+    expected = {field.name for field in fields(DomainVector)} - {"vectors"} - _OPTIONS
+    for key in (values.keys() - _OPTIONS) ^ expected:
         raise FlexOlmoError(f"{'unknown' if key in values else 'missing'} field {shown(key)} in the metadata")
     if "privacy" in values:
         mechanism = values["privacy"]

@@ -1,11 +1,12 @@
 """The coupled pair of anchor-coupled training: both FFNs run on every token, nothing is dispatched.
 
 With two of two experts active (arXiv 2507.07024, section 3.1) a sparse layer would permute all tokens twice for
-nothing,
-and its stacked weights could not be frozen by half. Here the anchor is an ordinary frozen MLP: it computes input
-gradients only and has no gradient buffer and no optimizer state.
+nothing, and its stacked weights could not be frozen by half. Here the anchor is an ordinary frozen MLP: it computes
+input gradients only and has no gradient buffer and no optimizer state.
 """
 
+import contextlib
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexolmo_megatron.model.config import FlexOlmoTransformerConfig
 from flexolmo_megatron.model.ffn import GatedFFN
@@ -38,6 +39,9 @@ class CoupledPair(MegatronModule):
         submodules: linear layers and router.
     """
 
+    alone = False
+    """Whether the owner's expert and the router are left out; set by ``anchor_alone``."""
+
     def __init__(
         self,
         config: FlexOlmoTransformerConfig,
@@ -60,7 +64,22 @@ class CoupledPair(MegatronModule):
 
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
         """Map `[s, b, h]` to `[s, b, h]`; the second value is the absent bias."""
+        if self.alone:
+            return self.anchor(hidden_states)
         share = self.router(hidden_states, padding_mask).to(hidden_states.dtype)
         anchor_output, _ = self.anchor(hidden_states)
         expert_output, _ = self.expert(hidden_states)
         return anchor_output.lerp(expert_output, share), None
+
+
+@contextlib.contextmanager
+def anchor_alone(model: nn.Module) -> Iterator[None]:
+    """Let forward passes of a pair within the block be those of its anchor: no expert, no router, no router loss."""
+    pairs = [module for module in model.modules() if isinstance(module, CoupledPair)]
+    try:
+        for pair in pairs:
+            pair.alone = True
+        yield
+    finally:
+        for pair in pairs:
+            pair.alone = False

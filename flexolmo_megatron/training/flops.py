@@ -114,6 +114,22 @@ def pair_flops(model: ModelConfig, sequences: int, length: int) -> int:
     )
 
 
+def forward_flops(model: ModelConfig, sequences: int, length: int) -> int:
+    """All counted operations of a dense model's forward pass."""
+    hidden, heads = model.hidden_size, model.num_attention_heads * model.head_dim
+    tokens, none = sequences * length, {"input": False, "weight": False}
+    layer = [
+        *linear("qkv", tokens, hidden, heads + 2 * model.num_query_groups * model.head_dim, **none),
+        *linear("proj", tokens, heads, hidden, **none),
+        *ffn("ffn", tokens, hidden, model.ffn_hidden_size, **none),
+    ]
+    return (
+        model.num_layers * total(layer)
+        + total(linear("head", tokens, hidden, model.vocab_size, **none))
+        + attention_flops(model, sequences, length, model.num_layers, backward=False)
+    )
+
+
 def total(products: Iterable[Product]) -> int:
     """Sum of operations."""
     return sum(product.flops for product in products)

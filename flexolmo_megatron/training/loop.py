@@ -126,7 +126,7 @@ class Loop:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
         lr = state.scheduler.get_lr({})  # of parameters without a rate of their own
-        loss, own_loss = self.passes.run(iterators, forward_only=False)
+        loss, own_loss, anchor_kl = self.passes.run(iterators, forward_only=False)
         norm = gradient_norm(state.optimizer)
         agreed = agree(
             signal=self.signals.received,
@@ -154,6 +154,8 @@ class Loop:
         if agreed.problem is not None:
             self._skip(agreed.problem)
             row["skipped"] = agreed.problem
+        if anchor_kl is not None:
+            row["anchor_kl"] = anchor_kl
         tracker = get_moe_layer_wise_logging_tracker()
         for name in sorted(tracker):
             row[name] = self._mean_router_loss(tracker[name]["values"])
@@ -188,7 +190,7 @@ class Loop:
         for chunk in self.state.chunks:
             chunk.eval()
         iterators = self.passes.iterators(self.datasets.valid, 0)
-        losses = [self.passes.run(iterators, forward_only=True)[0] for _ in range(self.config.eval_iters)]
+        losses = [self.passes.run(iterators, forward_only=True).loss for _ in range(self.config.eval_iters)]
         return sum(losses) / len(losses)
 
     def _report(self, row: dict[str, Any], bar: Bar, final: bool) -> None:

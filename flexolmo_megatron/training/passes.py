@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -15,6 +15,7 @@ from torch import Tensor
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.model.router import PairRouter
 from flexolmo_megatron.runtime.setup import local_device
+from flexolmo_megatron.training.anchor_kl import losses_and_divergence
 from flexolmo_megatron.training.datasets import batches, parse_blend
 
 
@@ -23,6 +24,16 @@ def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, 
     total = (losses.float() * loss_mask).sum()
     tokens = loss_mask.sum()
     return total, tokens.to(torch.int), {"loss": torch.stack([total.detach(), tokens])}
+
+
+def _loss_with_divergence(
+    loss_mask: Tensor, public_B: Tensor, coefficient: float, losses: Tensor, divergences: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The same, with the divergence from the anchor, which is 0 on an owner's tokens; reported apart."""
+    total, tokens, report = _loss(loss_mask, losses)
+    divergence = (divergences * loss_mask).sum()
+    report["anchor_kl"] = torch.stack([divergence.detach(), loss_mask[public_B].sum()])
+    return total + coefficient * divergence, tokens, report
 
 
 def routing_noise(tokens: Tensor, layers: int, seed: int) -> Tensor:
@@ -59,8 +70,23 @@ def _forward_step(
     if config.expert.domain_loss_coeff or config.expert.routing_noise:
         _set_routers(config, own_prefixes, batch, model)
     own = get_batch_on_this_cp_rank({name: batch[name] for name in ("tokens", "position_ids", "labels", "loss_mask")})
+    coefficient = config.expert.anchor_kl_coeff if model.training else 0
+    if coefficient and (public := batch["dataset_id"] >= own_prefixes).any():
+        losses, divergences = losses_and_divergence(model, own, public)
+        return losses, lambda output: _loss_with_divergence(own["loss_mask"], public, coefficient, output, divergences)
     losses = model(own["tokens"], own["position_ids"], None, labels=own["labels"])
     return losses, lambda output: _loss(own["loss_mask"], output)
+
+
+class Result(NamedTuple):
+    """What one global batch gave."""
+
+    loss: float
+    """Mean cross-entropy per token in nats, on every rank."""
+    own_loss: Tensor
+    """Sum of the token losses that this rank itself has seen (a scalar)."""
+    anchor_kl: float | None
+    """Mean over public tokens of the divergence from the anchor, in nats; None where none was computed."""
 
 
 class Passes:
@@ -88,9 +114,8 @@ class Passes:
             for _ in self.chunks
         ]
 
-    def run(self, iterators: list[Iterator], forward_only: bool) -> tuple[float, Tensor]:
-        """Run one global batch; returns the mean loss per token in nats (on every rank), and the sum of the token
-        losses that this rank itself has seen (a scalar)."""
+    def run(self, iterators: list[Iterator], forward_only: bool) -> Result:
+        """Run one global batch."""
         reports = self.forward_backward(
             forward_step_func=self.forward_step,
             data_iterator=iterators,
@@ -100,9 +125,11 @@ class Passes:
             micro_batch_size=self.config.micro_batch_size,
             forward_only=forward_only,
         )
-        totals = torch.zeros(2, dtype=torch.float64, device=local_device())
+        totals = torch.zeros(4, dtype=torch.float64, device=local_device())
         for report in reports:  # empty except on the last pipeline stage
-            totals += report["loss"]
+            totals[:2] += report["loss"]
+            if "anchor_kl" in report:
+                totals[2:] += report["anchor_kl"]
         own_loss = totals[0].clone()
         torch.distributed.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         torch.distributed.broadcast(
@@ -110,4 +137,5 @@ class Passes:
             parallel_state.get_pipeline_model_parallel_last_rank(),
             parallel_state.get_pipeline_model_parallel_group(),
         )
-        return (totals[0] / totals[1]).item(), own_loss
+        loss, tokens, divergence, public = totals.tolist()
+        return Result(loss / tokens, own_loss, divergence / public if public else None)

@@ -46,6 +46,11 @@ def plan(mode: Mode, config: TrainConfig, world_size: int) -> Plan:
             f"merged, data.proxies and leave_one_out are options of `train router`: expected none of them for "
             f"`train {mode}`"
         )
+    if mode != "expert" and config.expert.anchor_kl_coeff:
+        raise FlexOlmoError(
+            f"expert.anchor_kl_coeff = {config.expert.anchor_kl_coeff} is an option of `train expert`: expected none "
+            f"for `train {mode}`"
+        )
     planners = {"expert": plan_expert, "router": plan_router}
     planned = planners[mode](config) if mode in planners else _plan_other(mode, config)
     if config.data.seq_length > planned.card.model.max_position_embeddings:

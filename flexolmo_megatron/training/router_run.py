@@ -16,12 +16,11 @@ from flexolmo_megatron.config.card import PUBLIC, TUNED, TUNED_MODEL, UNTUNED, W
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
 from flexolmo_megatron.convert.megatron import open_megatron
-from flexolmo_megatron.convert.megatron_writer import write_megatron
 from flexolmo_megatron.convert.model import check_names, open_model
-from flexolmo_megatron.convert.rows import is_row, untuned
+from flexolmo_megatron.convert.row_sets import write_row_sets
+from flexolmo_megatron.convert.rows import untuned
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.digest import model_digest
-from flexolmo_megatron.files import atomic_directory
 from flexolmo_megatron.runtime.ranks import on_first_rank
 from flexolmo_megatron.runtime.setup import local_device
 from flexolmo_megatron.training.checkpoint import STEP_FOLDER, step_folders
@@ -124,33 +123,19 @@ def write_tuned_model(merged: LazyModel, expected: str, checkpoints: Sequence[Pa
         A sentence on what was written and checked.
 
     Raises:
-        FlexOlmoError: a checkpoint cannot be read, or the model cannot be written.
-        RuntimeError: what was written differs in more than tuned rows: a defect of this package, or ``merged`` has
-            changed on disk since its digest was taken.
+        FlexOlmoError, RuntimeError: see ``write_row_sets``; a checkpoint cannot be read.
     """
     path = out / TUNED_MODEL
     if path.exists():
         return f"{path} is there already"
-    sets, rows = [], {}
+    sets, rows = [], []
     for checkpoint in checkpoints:
         tuned = open_megatron(checkpoint)
         sets.append(replace(tuned.card.row_sets[0], training=tuned.card.training))
-        rows[sets[-1].name] = {name: _as(tensor, merged.tensors[name].dtype) for name, tensor in tuned.tensors.items()}
-    first, *others = rows
-    rows[UNTUNED] = {name: tensor for name, tensor in merged.tensors.items() if is_row(name)}
-    model = LazyModel(
-        replace(merged.card, row_sets=[*sets, RowSet(UNTUNED)]),
-        merged.tensors | rows[first],
-        {name: rows[name] for name in (*others, UNTUNED)},
-    )
-    with atomic_directory(path) as staging:
-        write_megatron(model, staging)
-        if (digest := model_digest(untuned(open_model(staging)))) != expected:
-            raise RuntimeError(f"the tuned model with its untuned rows has the digest {digest}: expected {expected}")
-    return (
-        f"saved {path}: rows {', '.join(rows)}; all but the tuned rows is bitwise that of the merged model, digest "
-        f"{expected}"
-    )
+        rows.append({name: _as(tensor, merged.tensors[name].dtype) for name, tensor in tuned.tensors.items()})
+    write_row_sets(merged, expected, sets, rows, path)
+    names = ", ".join([*(row_set.name for row_set in sets), UNTUNED])
+    return f"saved {path}: rows {names}; all but the tuned rows is bitwise that of the merged model, digest {expected}"
 
 
 def _as(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:

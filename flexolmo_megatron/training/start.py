@@ -12,6 +12,7 @@ from flexolmo_megatron.config.card import ModelCard
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.convert.lazy import LazyModel
 from flexolmo_megatron.convert.variants import as_dense
+from flexolmo_megatron.domain.publish import owner_rows
 from flexolmo_megatron.domain.vector import load_vector
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.digest import BackgroundDigest, model_digest
@@ -163,7 +164,7 @@ def _first_rows(config: TrainConfig, anchor: LazyModel) -> tuple[str, torch.Tens
             f"{config.expert.domain_vector} was made for another anchor (digest {vector.dense_digest[:12]}…): "
             f"expected one for {config.anchor} (digest {dense_digest[:12]}…)"
         )
-    return digest, torch.from_numpy(vector.vectors), vector.record()
+    return digest, owner_rows(vector, anchor), vector.record()
 
 
 def _build(config: TrainConfig, card: ModelCard, **options: float | int | None) -> list[GPTModel]:

@@ -49,7 +49,7 @@ public:
         num_query_groups: 2, max_position_embeddings: 32}}
 seeds: [1]
 steps: {{public: 4, owner: 3, router: 2}}
-ablations: [no coordination]
+ablations: [no coordination, centred rows, calibrated temperature]
 train: {{data.seq_length: 32, micro_batch_size: 4, global_batch_size: 4}}
 embed: {{documents: 10, max_tokens: 32}}
 evaluation: {{max_bytes: 2000, classifier_documents: 20}}

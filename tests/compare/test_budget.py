@@ -25,6 +25,14 @@ def test_owners_step_is_that_of_training_flops() -> None:
     assert step_flops("expert", MODEL, configured()) == pair_flops(MODEL, 4, 16)
 
 
+def test_the_divergence_from_the_anchor_costs_its_forward_pass_on_public_sequences() -> None:
+    config = configured()
+    config.data.public_share, config.expert.anchor_kl_coeff = 0.25, 1.0
+    tokens, h, f, v = 16, 8, 12, 11  # one sequence of the four
+    forward = 2 * tokens * (2 * (4 * h * h + 3 * h * f) + v * h) + 2 * 2 * 16 * 17 * h
+    assert step_flops("expert", MODEL, config) == pair_flops(MODEL, 4, 16) + forward
+
+
 def test_dense_step_by_hand() -> None:
     tokens, h, f, v = 64, 8, 12, 11
     # Forward, input and weight gradient of each matrix; the embedding has no product, so the first layer's qkv and fc1

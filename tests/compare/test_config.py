@@ -20,6 +20,7 @@ from flexolmo_megatron.errors import FlexOlmoError
     ("top_k=4", "top_k = 4: expected 1 to 3, all experts"),
     ("owners={}", "owners is empty"),
     ("owners.mixed={train: [a], valid: [b]}", "owners.mixed: expected a name without a dot, and other than average"),
+    ("ablations=[no bias, no bias]", "two of them would be in the folder ablations/no_bias: expected none twice"),
     ("variants.paper={expert.bias: false}", "'paper' is the name of a usual ablation"),
     ("variants.x=3", "variants.x = 3: expected options"),
     ("variants.x={setting: best}", "variants.x.setting = 'best': expected one of default, paper"),

@@ -1,12 +1,14 @@
 """The steps of a comparison, their inputs and budgets, and their jobs on Slurm."""
 
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from flexolmo_megatron.compare.config import load_compare
+from flexolmo_megatron.compare.config import check_training, load_compare
 from flexolmo_megatron.compare.plan import Comparison, build_comparison
+from flexolmo_megatron.compare.settings import ABLATIONS
 from flexolmo_megatron.compare.slurm import plan_arrays
 from flexolmo_megatron.config.load import save_config
 from flexolmo_megatron.errors import FlexOlmoError
@@ -23,7 +25,10 @@ def test_all_methods_by_default(config_file: str) -> None:
         "public", "anchor", "dense/math", "dense/code", "soup", "btx_start", "btx", "unrestricted_1x",
         "unrestricted_2x", "vectors/math", "vectors/code", "experts/math", "experts/code", "merged", "router",
         "ablations/no_coordination/experts/math", "ablations/no_coordination/experts/code",
-        "ablations/no_coordination/merged", "scores")]
+        "ablations/no_coordination/merged",
+        "ablations/centred_rows/vectors/math", "ablations/centred_rows/vectors/code",
+        "ablations/centred_rows/experts/math", "ablations/centred_rows/experts/code", "ablations/centred_rows/merged",
+        "ablations/calibrated_temperature/calibrated", "scores")]
     assert set(plan.steps["seed_1/scores"].inputs) >= {"seed_1/anchor", "seed_1/btx", "seed_1/router", "seed_1/soup"}
 
 
@@ -53,6 +58,20 @@ def test_other_embeddings_have_an_anchor_of_their_own(config_file: str) -> None:
                                                                             "scale": 2}}
     assert "seed_1/ablations/long_rows/anchor" in steps["seed_1/ablations/long_rows/experts/math"].inputs
     assert "seed_1/ablations/long_rows/vectors/math" in steps
+
+
+def test_what_comes_after_the_merge_needs_no_other_runs(config_file: str) -> None:
+    steps = planned(config_file, "ablations=[calibrated temperature]", "methods=[flexolmo,ablations]").plan.steps
+    assert steps["seed_1/ablations/calibrated_temperature/calibrated"].inputs == ("seed_1/merged", "data/public")
+    assert "seed_1/ablations/calibrated_temperature/merged" not in steps
+    alone = planned(config_file, "ablations=[calibrated temperature]", "methods=[ablations]").plan.steps
+    assert "seed_1/ablations/calibrated_temperature/merged" in alone and "seed_1/merged" not in alone
+
+
+def test_every_usual_ablation_is_a_run_in_every_setting(config_file: str) -> None:
+    for setting in ("default", "paper"):
+        comparison = planned(config_file, f"ablations={json.dumps(list(ABLATIONS))}", f"setting={setting}")
+        check_training(comparison.runs, 1)
 
 
 def test_budgets(config_file: str) -> None:

@@ -34,7 +34,8 @@ def test_every_method_is_in_the_table(ran: Path) -> None:
     assert {"public", "dense math", "dense code", "soup", "soup weighted oracle", "BTM top-2 oracle",
             "BTM top-2 causal", "prompt routing causal", "BTX", "unrestricted MoE 1x", "unrestricted MoE 2x",
             "pair math", "pair code", "FlexOlmo", "FlexOlmo top-1", "FlexOlmo top-3", "FlexOlmo without math",
-            "FlexOlmo tuned", "FlexOlmo tuned without code (strict)", "FlexOlmo, no coordination"} <= set(methods)
+            "FlexOlmo tuned", "FlexOlmo tuned without code (strict)", "FlexOlmo, no coordination",
+            "FlexOlmo, centred rows", "FlexOlmo, calibrated temperature"} <= set(methods)
     for method in methods.values():
         for value in bits(method).values():
             assert 2 < value < 10, method  # log2(257) is 8.0: little has been learnt

@@ -8,7 +8,7 @@ import pytest
 
 from flexolmo_megatron.commands import embed
 from flexolmo_megatron.convert.model import open_model
-from flexolmo_megatron.domain.publish import dense_digest, public_rows
+from flexolmo_megatron.domain.publish import dense_digest, owner_rows, public_rows, publish_anchor
 from flexolmo_megatron.domain.vector import load_vector
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.digest import model_digest
@@ -85,6 +85,29 @@ def test_rows_of_another_embedder_are_warned_about(docs, olmo2_dir, tmp_path, ca
     assert load_vector(tmp_path / "b.npz").vectors.shape == (1, 32)
 
 
+def test_centred_rows_are_added_to_the_anchors(docs, olmo2_dir, tmp_path, monkeypatch, capsys):
+    flexolmo_embed(docs, "--anchor", olmo2_dir, "--out", tmp_path / "a.npz", "--publish", tmp_path / "anchor",
+                   "--scale", 2)
+    owner = [docs, "--anchor", tmp_path / "anchor", "--documents", 10, "--out"]
+    flexolmo_embed(*owner, tmp_path / "raw.npz")
+    flexolmo_embed(*owner, tmp_path / "b.npz", "--centre", "--scale", 3)
+    vector, anchor = load_vector(tmp_path / "b.npz"), open_model(tmp_path / "anchor")
+    difference = load_vector(tmp_path / "raw.npz").vectors - public_rows(anchor).numpy() / 2
+    expected = 3 * difference / np.linalg.norm(difference, axis=1, keepdims=True)
+    assert vector.centred
+    np.testing.assert_allclose(vector.vectors, expected, atol=1e-4)
+    np.testing.assert_allclose(owner_rows(vector, anchor).numpy(), public_rows(anchor).numpy() + expected, atol=1e-4)
+    with pytest.raises(FlexOlmoError, match="^a centred domain vector is a difference from an anchor's rows: expected"):
+        publish_anchor(open_model(olmo2_dir), vector)
+
+    class Other:
+        name, digest, max_tokens = "other", "ab" * 32, 512
+
+    monkeypatch.setattr("flexolmo_megatron.domain.embed.open_embedder", lambda *_: Other())
+    with pytest.raises(FlexOlmoError, match="this vector would be with other@abababababab: expected the same embedder"):
+        flexolmo_embed(*owner, tmp_path / "c.npz", "--centre", "--embedder", "other")
+
+
 def test_bad_documents_are_reported(docs, olmo2_dir, tmp_path, capsys):
     with docs.open("a") as file:
         file.write("{\n")
@@ -108,6 +131,7 @@ def test_bad_input_is_refused_before_the_work(docs, olmo2_dir, tmp_path, monkeyp
     refuses(f"{tmp_path / 'anchor'} already exists; name a new directory", docs, "--publish", tmp_path / "anchor")
     refuses("a.npz: the folder", docs, out=tmp_path / "no" / "a.npz")
     refuses("is a folder; expected the name of a file", docs, out=tmp_path)
+    refuses("--centre compares with the rows of a published anchor: expected one, without --publish", docs, "--centre")
     refuses("no.jsonl does not exist", tmp_path / "no.jsonl")
     refuses("--documents 0: expected a number of at least 1", docs, "--documents", 0)
     refuses("--seed -1: expected a number of at least 0", docs, "--seed", -1)

@@ -110,3 +110,12 @@ def test_a_stopped_run_goes_on(fake_embedder, tmp_path, monkeypatch):
     file.write_bytes(b"junk")
     with pytest.raises(FlexOlmoError, match="v.state is not what an earlier start has left"):
         mean_embedding(other, texts, 2, resume=file)
+
+
+def test_centred_rows_are_the_difference_of_directions(fake_embedder):
+    rows = {"a": [[0, 2, 0, 0], [0, 0, 3, 0]]}
+    vector = make(fake_embedder(rows), ["a"], norm=2, centre=np.array([[5, 0, 0, 0], [0, 0, 0, 7.0]]))
+    np.testing.assert_allclose(vector.vectors, 2 * 0.5**0.5 * np.array([[-1, 1, 0, 0], [0, 0, 1, -1]]), rtol=1e-6)
+    assert vector.centred and vector.record()["centred"] is True
+    with pytest.raises(FlexOlmoError, match="^the direction of 1 documents differs from the anchor's by zero, which"):
+        make(fake_embedder(rows), ["a"], centre=np.array([[0, 1, 0, 0], [0, 0, 1, 0]]))

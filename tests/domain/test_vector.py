@@ -66,7 +66,7 @@ def same(a, b):
 @pytest.mark.parametrize("vector", [
     VECTOR,
     replace(VECTOR, vectors=unit(1), embedder="GritLM/GritLM-7B"),
-    replace(VECTOR, vectors=unit(2) * np.float32(0.25), norm=0.25),
+    replace(VECTOR, vectors=unit(2) * np.float32(0.25), norm=0.25, centred=True),
 ])
 def test_round_trip(tmp_path, vector):
     path = tmp_path / "v.npz"
@@ -107,6 +107,7 @@ def test_rows_and_record():
     ({"dense_digest": None}, r"^dense_digest = None: expected 64"),
     ({"documents": 0}, r"^documents = 0: expected a whole number of at least 1$"),
     ({"documents": True}, r"^documents = True: expected a whole number"),
+    ({"centred": 1}, r"^centred = 1: expected true or false$"),
     ({"dropped": -1}, r"^dropped = -1: expected a whole number of at least 0$"),
     ({"seed": 1.5}, r"^seed = 1.5: expected a whole number"),
 ])

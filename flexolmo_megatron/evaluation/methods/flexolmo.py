@@ -18,6 +18,10 @@ ABLATIONS: Mapping[str, str] = {
     "no embedding init, no bias": "router rows start at random and have no bias",
     "hidden-state init": "router rows start at the means of the anchor's hidden states, layer by layer",
     "embedder init": "router rows start at the means of another model's document embeddings",
+    "centred rows": "router rows start at the difference of the domain vector from the anchor's row",
+    "anchor KL": "owners' losses keep the pair near the anchor on public text, half of what they read",
+    "calibrated temperature": "all router rows divided by a number that is chosen on public text",
+    "no replay": "owners train on their own documents alone, so without the margin too",
     "paper": "the paper's setting throughout",
 }
 """What is different in each ablation that has a usual name (tables 1 and 3 of the paper)."""
@@ -94,7 +98,8 @@ def ablations(models: Models, settings: Settings) -> list[Method]:
     methods = []
     for name, path in models.ablations.items():
         card = _card(path, f"merged model for the ablation {name!r}")
-        runs = {"public": 1, "owner": card.model.num_experts - 1} | ({"router": 1} if card.row_sets else {})
+        runs = {"public": 1, "owner": card.model.num_experts - 1}
+        runs |= {"router": 1} if any(rows.proxies for rows in card.row_sets) else {}
         methods.append(single(f"FlexOlmo, {name}", "ablations", Variant(path, top_k=card.model.top_k),
                               ABLATIONS.get(name, name), f"{_PAPER}, tables 1 and 3", runs))
     return methods

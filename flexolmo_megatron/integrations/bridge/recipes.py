@@ -36,7 +36,8 @@ from flexolmo_megatron.training.run import run_datasets
 from flexolmo_megatron.training.run_plan import Plan
 from flexolmo_megatron.training.start import fill
 
-_WITHOUT = ("optimizer.router_lr", "expert.domain_loss_coeff", "expert.routing_noise", "fp8.recipe", "stop_after")
+_WITHOUT = ("optimizer.router_lr", "expert.domain_loss_coeff", "expert.routing_noise", "expert.anchor_kl_coeff",
+            "fp8.recipe", "stop_after")
 
 
 def flexolmo_anchor(overrides: Sequence[str] = (), preset: str | None = None) -> bridge.ConfigContainer:
