@@ -16,6 +16,8 @@ from flexolmo_megatron.training.documents import DEFAULT_MAX_BAD, find_files
 
 FORMAT_VERSION = 1
 REPORT, RECIPE = "report.json", "recipe.yaml"
+SOURCES = "sources"
+"""Folder in the state: a source may have the name of any file."""
 
 
 def mix(recipe: Recipe, sources: Mapping[str, Sequence[str]], out: str | os.PathLike, *, where: Where,
@@ -54,12 +56,12 @@ def mix(recipe: Recipe, sources: Mapping[str, Sequence[str]], out: str | os.Path
     report: dict[str, Any] = {"format_version": FORMAT_VERSION, "recipe": recipe.name, "sources": {},
                               "absent": [name for name in recipe.sources if name not in files]}
     for name, steps in pipelines.items():
-        report["sources"][name] = _run_source(recipe.sources[name], name, files[name], steps, state / name, where,
-                                              text_key, max_bad)
+        report["sources"][name] = _run_source(recipe.sources[name], name, files[name], steps, state / SOURCES / name,
+                                              where, text_key, max_bad)
     with atomic_directory(out) as folder:
         for name, paths in files.items():
             for shard in range(len(paths)):
-                done = state / name / f"{shard:06d}.jsonl"
+                done = state / SOURCES / name / f"{shard:06d}.jsonl"
                 if done.stat().st_size:
                     os.link(done, folder / f"{name}-{shard:06d}.jsonl")
         write_json(folder / REPORT, report)

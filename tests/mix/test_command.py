@@ -92,7 +92,8 @@ def test_processes_and_a_stop_change_nothing(world, monkeypatch, capfd):
 
     monkeypatch.setattr(WriteDocuments, "run", stop_at_the_second)
     mix(world, out="three", status=130)
-    assert "Processing done for rank=0" in (world / "three.state" / "pages" / "logs" / "task_00000.log").read_text()
+    logs = world / "three.state" / "sources" / "pages" / "logs"
+    assert "Processing done for rank=0" in (logs / "task_00000.log").read_text()
     mix(world, "--max-bad", "3", out="three", status=2)
     assert "another choice of max_bad has left: repeat that choice" in capfd.readouterr().err
     mix(world, out="three")
@@ -100,6 +101,13 @@ def test_processes_and_a_stop_change_nothing(world, monkeypatch, capfd):
     for path in (world / "one").iterdir():
         assert path.read_bytes() == (world / "two" / path.name).read_bytes() == (
             world / "three" / path.name).read_bytes(), path.name
+
+
+def test_a_source_may_be_named_like_a_file_of_the_state(world):
+    (world / "recipe.yaml").write_text(RECIPE.replace("code:", "plan.json:"))
+    assert main(["mix", str(world / "recipe.yaml"), f"--source=plan.json={world}/c.parquet", "--workers", "1", "--out",
+                 str(world / "out")]) == 0
+    assert "def f(): pass" in (world / "out" / "plan.json-000000.jsonl").read_text()
 
 
 @pytest.mark.parametrize("words, message", [
