@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import is_dataclass
+from functools import reduce
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -108,9 +109,42 @@ def parse_override(schema: type, override: str) -> DictConfig:
 def _merge(config: DictConfig, values: DictConfig, where: str) -> DictConfig:
     try:
         _reject_unknown(config, values, where, "")
-        return OmegaConf.unsafe_merge(config, values)  # config is not used again: no copy
     except OmegaConfBaseException as error:
         raise FlexOlmoError(reason(where, error)) from None
+    return merge(config, values, where)
+
+
+def merge(config: DictConfig, values: DictConfig, where: str) -> DictConfig:
+    """Put ``values`` over ``config``, which is not to be used again.
+
+    Raises:
+        FlexOlmoError: a value of a wrong type; the message begins with ``where`` and the option's dotted name.
+    """
+    try:
+        return OmegaConf.unsafe_merge(config, values)  # no copy
+    except OmegaConfBaseException as error:
+        misfit = "" if error.full_key else _misfit(config, OmegaConf.to_container(values), ())
+        raise FlexOlmoError(": ".join(filter(None, [where, misfit])) if misfit else reason(where, error)) from None
+
+
+def _misfit(config: DictConfig, values: dict[str, Any], path: tuple[str, ...]) -> str:
+    """Which option below ``path`` is no mapping, or no list, where ``config`` has one; OmegaConf does not name it."""
+    for key, value in values.items():
+        place = (*path, key)
+        if not _fits(config, place, value):
+            if isinstance(value, dict) and _fits(config, place, {}):
+                return _misfit(config, value, place)
+            expected = "a list" if isinstance(value, dict) else "a mapping of options"
+            return f"{'.'.join(map(str, place))} = {value!r}: expected {expected}"
+    return ""
+
+
+def _fits(config: DictConfig, place: tuple[str, ...], value: Any) -> bool:
+    try:
+        OmegaConf.merge(config, reduce(lambda inner, name: {name: inner}, reversed(place), value))
+    except OmegaConfBaseException:
+        return False
+    return True
 
 
 def reason(where: str, error: OmegaConfBaseException) -> str:

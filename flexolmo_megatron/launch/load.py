@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flexolmo_megatron.config.card import check_expert_name
 from flexolmo_megatron.config.layout import data_parallel_size
-from flexolmo_megatron.config.load import load_config, parse_override, read_yaml, reason
+from flexolmo_megatron.config.load import load_config, merge, parse_override, read_yaml, reason
 from flexolmo_megatron.config.train import RouterTrainConfig, TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError, nearest
 from flexolmo_megatron.launch.config import (
@@ -51,7 +51,7 @@ def load_launch(path: str, overrides: Sequence[str] = ()) -> LaunchConfig:
     """
     values = read_yaml(path, "the YAML file of a launch")
     for override in overrides:
-        values = OmegaConf.merge(values, parse_override(LaunchConfig, override))
+        values = merge(values, parse_override(LaunchConfig, override), "the command line")
     config = _checked(LaunchConfig, values, path)
     _check(config, path)
     return config
@@ -61,7 +61,7 @@ def _checked(schema: type, values: DictConfig, where: str) -> Any:
     """An instance of ``schema``, after a search for keys that it does not have."""
     reject_unknown(schema, OmegaConf.to_container(values), where, "")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+        return OmegaConf.to_object(merge(OmegaConf.structured(schema), values, where))
     except MissingMandatoryValue as error:
         raise FlexOlmoError(f"{where}: {error.full_key} has no value") from None
     except OmegaConfBaseException as error:
@@ -106,9 +106,11 @@ def job_slurm(config: LaunchConfig, stage: str) -> SlurmConfig:
         base = replace(base, nodes=1, tasks_per_node=1, gpus_per_node=min(1, base.gpus_per_node))
     try:
         own = OmegaConf.create(getattr(config, stage).slurm)
-        slurm = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), own))
+        slurm = OmegaConf.to_object(merge(OmegaConf.structured(base), own, ""))
     except OmegaConfBaseException as error:
         raise FlexOlmoError(f"{stage}.slurm.{reason('', error)}") from None
+    except FlexOlmoError as error:
+        raise FlexOlmoError(f"{stage}.slurm.{error}") from None
     check_slurm(slurm, stage)
     return slurm
 

@@ -341,6 +341,8 @@ def test_setup_and_odd_names_reach_the_shell_as_they_are(saved, tmp_path, launch
     (["expert={}"], "unknown option 'expert' (did you mean 'experts'?)"),
     (["experts.each.code.document=[x]"], "unknown option 'experts.each.code.document' (did you mean 'documents'?)"),
     (["experts.slurm.node=3"], "unknown option 'experts.slurm.node' (did you mean 'nodes'?)"),
+    (["slurm=[x]"], "the command line: slurm = ['x']: expected a mapping of options"),
+    (["experts.slurm={options: [x]}"], "experts.slurm.options = ['x']: expected a mapping of options"),
     (["slurm={time: 43200}"], "slurm.time = 43200: expected text in quotes, as '12:00:00'"),
     (["slurm.time=43200"], "slurm.time = '43200' (job anchor): expected hours:minutes:seconds"),
     (["slurm.time=00:10:00"], "slurm.time = '00:10:00' (job anchor) is 600 s: expected more than twice "
