@@ -12,7 +12,6 @@ rounding), on the other models and corpora, or on interruptions.
 """
 
 import dataclasses
-import hashlib
 import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from flexolmo_megatron.evaluation.audit_results import AuditResults, Rate, Simil
 from flexolmo_megatron.evaluation.audit_state import AuditState
 from flexolmo_megatron.evaluation.candidates import Candidate, candidate_settings
 from flexolmo_megatron.evaluation.compare import Options, check_inputs
+from flexolmo_megatron.evaluation.hashing import hash64
 from flexolmo_megatron.inference.generate import Sampling, generate_tokens
 from flexolmo_megatron.inference.model import Model, free_memory, load_model
 from flexolmo_megatron.training.documents import BadDocuments, stream_documents
@@ -96,10 +96,6 @@ def similarity(text: str, other: str) -> float:
     return _rapidfuzz().normalized_similarity(text, other)
 
 
-def _seed(passage: Passage, sample: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{passage.key}:{sample}".encode(), digest_size=8).digest(), "big") >> 1
-
-
 def attack_passages(model: Model, passages: Sequence[Passage], attack: Attack, experts: Sequence[str] | None = None,
                     batch_size: int = 40) -> Iterator[tuple[Passage, Similarity, str]]:
     """Try to get passages out of a model.
@@ -127,8 +123,8 @@ def attack_passages(model: Model, passages: Sequence[Passage], attack: Attack, e
         copies = [(passage, sample) for passage in group for sample in range(attack.samples)]
         answers = generate_tokens(
             model, [list(passage.tokens[:start]) for passage, _ in copies],
-            attack.sampling(len(group[-1].tokens)), seeds=[_seed(*copy) for copy in copies], experts=experts,
-            batch_size=batch_size)
+            attack.sampling(len(group[-1].tokens)), experts=experts, batch_size=batch_size,
+            seeds=[hash64(passage.key, sample) >> 1 for passage, sample in copies])
         for index, passage in enumerate(group):
             samples = answers[index * attack.samples:(index + 1) * attack.samples]
             tokens = [[*passage.tokens[:start], *sample.tokens][:len(passage.tokens)] for sample in samples]

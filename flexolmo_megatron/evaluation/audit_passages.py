@@ -5,13 +5,13 @@ Which documents are drawn depends on their text and the seed alone, not on their
 once.
 """
 
-import hashlib
 import heapq
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.evaluation.hashing import hash64
 from flexolmo_megatron.training.documents import Document
 from flexolmo_megatron.training.tokenizer import Tokenizer
 
@@ -28,11 +28,6 @@ class Passage:
     """Its first token, counted in the document from 0."""
     tokens: tuple[int, ...]
     """Its token ids."""
-
-
-def document_key(text: str, seed: int) -> int:
-    """Return the 64-bit hash by which documents are drawn: those with the smallest values."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=8).digest(), "big")
 
 
 def sample_passages(documents: Iterable[Document], tokenizer: Tokenizer, *, count: int, length: int, shortest: int,
@@ -56,7 +51,7 @@ def sample_passages(documents: Iterable[Document], tokenizer: Tokenizer, *, coun
     drawn: list[tuple[int, Passage]] = []  # a heap: the largest key first
     keys: set[int] = set()
     for document in documents:
-        key = document_key(document.text, seed)
+        key = hash64(seed, document.text)  # those with the smallest are drawn
         if key in keys or (len(drawn) == count and key >= -drawn[0][0]):
             continue
         tokens = tokenizer.encode(document.text)

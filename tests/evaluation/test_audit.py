@@ -13,9 +13,10 @@ from flexolmo_megatron.cli import main
 from flexolmo_megatron.convert.model import save_model
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.audit import Attack, attack_passages, audit, similarity, with_opt_outs
-from flexolmo_megatron.evaluation.audit_passages import document_key, sample_passages
+from flexolmo_megatron.evaluation.audit_passages import sample_passages
 from flexolmo_megatron.evaluation.audit_results import Rate, Similarity, wilson
 from flexolmo_megatron.evaluation.candidates import Candidate
+from flexolmo_megatron.evaluation.hashing import hash64
 from flexolmo_megatron.inference.model import load_model
 from flexolmo_megatron.training.documents import Document
 from flexolmo_megatron.training.tokenizer import ByteTokenizer
@@ -146,7 +147,7 @@ def test_passages_are_a_sample_by_seed_whatever_the_order():
     texts = [f"{index} " * 30 for index in range(200)]
     attack = replace(ATTACK, passages=50, passage_tokens=40, min_tokens=40)
     drawn = passages_of(texts, attack)
-    assert [passage.key for passage in drawn] == sorted(document_key(text, 0) for text in texts)[:50]
+    assert [passage.key for passage in drawn] == sorted(hash64(0, text) for text in texts)[:50]
     again = passages_of([*texts[::-1], *texts], attack)  # copies count once
     assert [(p.key, p.first, p.tokens) for p in again] == [(p.key, p.first, p.tokens) for p in drawn]
     for passage in drawn:

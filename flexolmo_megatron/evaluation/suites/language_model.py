@@ -5,7 +5,6 @@ two differences: text is tokenized as text, so no text turns into a special toke
 from the seed and its prompt alone, not from what else is in the batch.
 """
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.evaluation.hashing import hash64
 from flexolmo_megatron.inference.generate import Sampling, generate_tokens
 from flexolmo_megatron.inference.model import Model
 
@@ -119,8 +119,7 @@ class HarnessModel(TemplateLM):
                     seeds = []
                     for index in batch:
                         text = requests[index].args[0]
-                        key = f"{self.seed}:{seen[text]}:{text}".encode()  # repeats of a prompt differ
-                        seeds.append(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
+                        seeds.append(hash64(self.seed, seen[text], text) >> 1)  # repeats of a prompt differ
                         seen[text] += 1
                     results = generate_tokens(self.model, prompts, sampling, seeds=seeds, experts=self.experts,
                                               batch_size=len(batch), stop=until)
