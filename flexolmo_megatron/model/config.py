@@ -75,6 +75,8 @@ def transformer_config(
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
+        cross_entropy_loss_fusion=False,  # it rounds gradients to bfloat16, also in an fp32 run
+        attention_softmax_in_fp32=True,  # core's default; NeMo's and Bridge's configurations have another
         persist_layer_norm=False,
         cuda_graph_scope=[],
         router_bias=model.router_bias,
