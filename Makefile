@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 # Frameworks whose pins conflict with those of .venv: each has an environment .venv-NAME of its own, requirements-NAME.txt,
 # and packages that are installed without what they ask for.
-FRAMEWORKS := nemo
+FRAMEWORKS := nemo bridge
 ALONE_nemo := nemo_toolkit==2.7.3 megatron-core==0.16.1
 ALONE_bridge := megatron-bridge==0.3.1 megatron-core==0.16.1 nvidia-resiliency-ext==0.4.1
 
