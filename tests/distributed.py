@@ -31,7 +31,8 @@ def free_ports(count: int) -> list[int]:
             listener.close()
 
 
-def run_distributed(function: Callable, world_size: int, *args: Any, timeout: float = 180) -> list[Any]:
+def run_distributed(function: Callable, world_size: int, *args: Any, timeout: float = 180,
+                    python: Path | str = sys.executable) -> list[Any]:
     """Call ``function(*args)`` in ``world_size`` processes with the variables that torchrun would set.
 
     Args:
@@ -39,6 +40,7 @@ def run_distributed(function: Callable, world_size: int, *args: Any, timeout: fl
         world_size: number of processes.
         args: picklable.
         timeout: seconds, for all processes together.
+        python: of another environment.
 
     Returns:
         What each rank returned, in their order.
@@ -57,7 +59,7 @@ def run_distributed(function: Callable, world_size: int, *args: Any, timeout: fl
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
             }
             with open(Path(folder, f"log{rank}"), "wb") as log:
-                processes.append(subprocess.Popen([sys.executable, __file__, str(call)], env=environment, stdout=log,
+                processes.append(subprocess.Popen([str(python), __file__, str(call)], env=environment, stdout=log,
                                                   stderr=subprocess.STDOUT, cwd=ROOT))
         _wait(processes, timeout)
         logs = [f"rank {rank}, status {process.returncode}:\n{Path(folder, f'log{rank}').read_text(errors='replace')}"

@@ -6,11 +6,13 @@ Everything is tiny and made up here, so that it runs without a GPU. Yours differ
 import json
 import os
 import shutil
-import subprocess
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+
+from flexolmo_megatron import cli
 
 SIZES = ["data.seq_length=32", "train_iters=20", "global_batch_size=4", "micro_batch_size=4", "optimizer.lr=5e-3"]
 MODEL = ["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.vocab_size=264"]
@@ -20,7 +22,8 @@ TEXTS = {"public": "the cat sat on a mat and looked at the moon", "notes": "Dx: 
 def flexolmo(*arguments: str) -> None:
     """Run one command of this package, as in a shell."""
     print("$ flexolmo", *arguments, flush=True)
-    subprocess.run([sys.executable, "-W", "ignore", "-m", "flexolmo_megatron.cli", *arguments], check=True)
+    if status := cli.main(list(arguments)):
+        sys.exit(status)
 
 
 def publish_anchor() -> None:
@@ -48,11 +51,13 @@ def train_expert() -> None:
 def convert() -> None:
     """The merged model, exported for transformers, through Bridge's AutoBridge and back."""
     from megatron.bridge import AutoBridge
+    from megatron.core import parallel_state
 
     from flexolmo_megatron.convert.model import open_model
     from flexolmo_megatron.exchange.digest import model_digest
     from flexolmo_megatron.runtime.setup import initialize
 
+    parallel_state.destroy_model_parallel()  # Bridge's trainer leaves the names of process groups that are gone
     initialize()
     auto = AutoBridge.from_hf_pretrained("exported")
     provider = auto.to_megatron_provider()
@@ -67,12 +72,16 @@ def convert() -> None:
 def main() -> None:
     out = Path(sys.argv[1])
     out.mkdir(parents=True)
+    os.chdir(out)
+    coordinator = get_context("spawn").Process(target=publish_anchor)  # Bridge's trainer wants a process for itself
+    coordinator.start()
+    coordinator.join()
+    if coordinator.exitcode:
+        sys.exit(coordinator.exitcode)
     if not torch.cuda.is_available():
         import without_cuda
 
         without_cuda.enable()
-    os.chdir(out)
-    publish_anchor()
     train_expert()
     flexolmo("pack", "run", "package", "--owner", "Ward 7")
     flexolmo("verify", "package", "--anchor", "anchor")

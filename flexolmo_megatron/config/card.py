@@ -14,6 +14,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from flexolmo_megatron.config.layout import ModelKind
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.errors import FlexOlmoError, nearest
 from flexolmo_megatron.files import write_json
@@ -132,6 +133,11 @@ class ModelCard:
     @property
     def expert_names(self) -> list[str]:
         return [expert.name for expert in self.experts]
+
+    @property
+    def model_kind(self) -> ModelKind:
+        """Of the model that computes: router rows are part of a merged one."""
+        return "moe" if self.kind == "router" else self.kind
 
     def save(self, directory: Path) -> None:
         """Write the card into ``directory``."""

@@ -1,12 +1,13 @@
-"""The pair for trainers of other frameworks, which save and load what the model itself describes."""
+"""Models for trainers of other frameworks, which save and load what the model itself describes."""
 
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
 
 
-class OwnersModel(GPTModel):
-    """A pair whose checkpoints hold what the owner trains alone; the rest is the anchor's, named in the card."""
+class TrainedPartModel(GPTModel):
+    """A pair, or a merged model whose router is tuned: its checkpoints hold what trains alone, and the card names the
+    anchor or merged model that has the rest."""
 
     def _trained(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -18,7 +19,7 @@ class OwnersModel(GPTModel):
         return {name: tensor for name, tensor in whole.items() if name in trained}
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what such a checkpoint holds; the frozen rest stays as the anchor has it."""
+        """Load what such a checkpoint holds; the frozen rest stays as it was filled."""
         if strict and set(state_dict) != self._trained():
             difference = sorted(set(state_dict) ^ self._trained())
             raise RuntimeError(f"the checkpoint and this rank's model differ in {', '.join(difference[:5])}")

@@ -1,6 +1,7 @@
 """How each kind of run begins: its model is built and filled, and what does not train is frozen."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -9,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 
 from flexolmo_megatron.config.card import ModelCard
+from flexolmo_megatron.config.layout import ModelKind
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.convert.lazy import LazyModel
 from flexolmo_megatron.convert.variants import as_dense
@@ -105,9 +107,9 @@ def fill_pair(chunks: list[GPTModel], anchor: LazyModel, rows: torch.Tensor) -> 
 
 
 def fill(chunks: list[GPTModel], planned: Plan, config: TrainConfig) -> None:
-    """Give another trainer's new model the weights that a run starts from. Called by all ranks.
+    """Give another trainer's new model the weights that a run starts from, and freeze what does not train.
 
-    The card of an owner's run names its anchor then, and of a pair what is the anchor's is frozen.
+    Called by all ranks. The card of an owner's run names its anchor then, that of router tuning its merged model.
 
     Args:
         chunks: this rank's part, all of its virtual pipeline stages.
@@ -122,6 +124,10 @@ def fill(chunks: list[GPTModel], planned: Plan, config: TrainConfig) -> None:
         fill_pair(chunks, planned.anchor, rows)
     else:
         load_weights(chunks, planned.source)
+    if planned.card.kind == "router":
+        planned.card.merged_digest = on_first_rank(lambda: model_digest(planned.source))
+        for chunk in chunks:
+            freeze_all_but_router(chunk)
 
 
 def _filled(config: TrainConfig, planned: Plan, resumes: bool) -> list[DistributedDataParallel]:
@@ -167,37 +173,47 @@ def _first_rows(config: TrainConfig, anchor: LazyModel) -> tuple[str, torch.Tens
     return digest, owner_rows(vector, anchor), vector.record()
 
 
-def _build(config: TrainConfig, card: ModelCard, **options: float | int | None) -> list[GPTModel]:
-    """This rank's part of the model, without weights: one module for each of its virtual pipeline stages."""
+def run_settings(config: TrainConfig, kind: ModelKind) -> dict[str, Any]:
+    """Return the arguments of ``transformer_config`` that a run's options give; also for other trainers.
+
+    Args:
+        config: of the run.
+        kind: of the model that computes.
+    """
     parallel = config.parallel
-    virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
-    megatron_config = transformer_config(
-        card.model,
-        card.kind,
+    settings = dict(
         dtype=torch.bfloat16 if config.bf16 else torch.float32,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=virtual,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=parallel.sequence,
+    )
+    if kind != "dense":
+        settings |= dict(
+            moe_z_loss_coeff=config.moe_z_loss_coeff or None,
+            moe_token_dispatcher_type=parallel.moe_token_dispatcher_type,
+        )
+    return settings
+
+
+def _build(config: TrainConfig, card: ModelCard, **options: float | int | None) -> list[GPTModel]:
+    """This rank's part of the model, without weights: one module for each of its virtual pipeline stages."""
+    megatron_config = transformer_config(
+        card.model,
+        card.kind,
         # Everything is loaded, and the loading functions check that nothing is left out. Not perform_initialization:
         # without it Megatron does not mark which parameters are split, and counts them wrongly in gradient norms.
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
-        **(
-            {}
-            if card.kind == "dense"
-            else {
-                "moe_z_loss_coeff": config.moe_z_loss_coeff or None,
-                "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
-            }
-        ),
+        **run_settings(config, card.kind),
         **engine_settings(card.kind, config.fp8.recipe),
         **options,
     )
+    virtual = megatron_config.virtual_pipeline_model_parallel_size
     return [
         build_model(
             card.model,

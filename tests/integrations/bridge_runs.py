@@ -1,9 +1,12 @@
-"""python bridge_runs.py REPORT TASK ARGUMENTS, in Bridge's environment: runs a task of bridge_tasks.py.
+"""What tests/distributed.py starts in Bridge's environment: cheap to import, as it asks for."""
 
-A file of its own, because the processes that write checkpoints load the main file again.
-"""
 
-if __name__ == "__main__":
-    import bridge_tasks
+def perform(tasks):
+    """Perform tasks of bridge_tasks.py in this process, one after the other: name -> (function, arguments).
 
-    bridge_tasks.main()
+    Returns:
+        Name -> what it returned, or {"refused": message}.
+    """
+    from tests.integrations import bridge_tasks
+
+    return {name: bridge_tasks.perform(*task) for name, task in tasks.items()}

@@ -1,11 +1,9 @@
-"""What the tests of the Megatron-Bridge plugin do inside Bridge's environment; bridge_runs.py starts it."""
+"""What the tests of the Megatron-Bridge plugin do inside Bridge's environment."""
 
-import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT), str(ROOT / "examples" / "bridge")]
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "bridge"))
 
 import without_cuda  # noqa: E402
 
@@ -14,14 +12,26 @@ without_cuda.enable()
 import torch  # noqa: E402
 from megatron.bridge import AutoBridge  # noqa: E402
 from megatron.bridge.training.callbacks import Callback  # noqa: E402
+from megatron.bridge.training.initialize import destroy_global_state  # noqa: E402
 from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides  # noqa: E402
 
-from flexolmo_megatron.convert.model import open_model  # noqa: E402
 from flexolmo_megatron.errors import FlexOlmoError  # noqa: E402
 from flexolmo_megatron.integrations import bridge  # noqa: E402
 from flexolmo_megatron.runtime.setup import initialize, world_size  # noqa: E402
 
 TOKENS = torch.arange(24).view(2, 12) * 7 % 257
+
+
+def perform(task, *arguments):
+    """Perform one task, and leave the process as it was before."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    try:
+        return {"convert": convert, "load": load, "train": train}[task](*arguments)
+    except FlexOlmoError as error:
+        return {"refused": str(error)}
+    finally:
+        destroy_global_state()
 
 
 def logits(model):
@@ -31,7 +41,7 @@ def logits(model):
 
 
 def convert(source, out):
-    """Hugging Face -> Megatron -> Hugging Face, through AutoBridge; logits by both."""
+    """Hugging Face -> Megatron -> Hugging Face, through AutoBridge; in one process, logits by both."""
     initialize(tensor_parallel=world_size())
     auto = AutoBridge.from_hf_pretrained(source)
     provider = auto.to_megatron_provider()
@@ -39,18 +49,15 @@ def convert(source, out):
     provider.finalize()
     model = provider.provide_distributed_model(wrap_with_ddp=False)
     auto.save_hf_pretrained(model, out, show_progress=False)
-    if world_size() > 1:
-        return {"rotary_base": provider.rotary_base}
-    from transformers import AutoModelForCausalLM
+    report = {"config": auto._model_bridge.megatron_to_hf_config(provider)}
+    if world_size() == 1:
+        from transformers import AutoModelForCausalLM
 
-    with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(TOKENS).logits
-    return {
-        "rotary_base": provider.rotary_base,
-        "difference": float((logits(model) - expected).abs().max()),
-        "largest": float(expected.abs().max()),
-        "config": auto._model_bridge.megatron_to_hf_config(provider),
-    }
+        with torch.no_grad():
+            expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(TOKENS).logits
+        report["difference"] = float((logits(model) - expected).abs().max())
+        report["largest"] = float(expected.abs().max())
+    return report
 
 
 def load(path):
@@ -61,8 +68,8 @@ def load(path):
     provider = bridge.model_provider(path, torch.float32)
     provider.finalize()
     model = provider.provide_distributed_model(wrap_with_ddp=False)
-    ours = flexolmo_megatron.load_model(path).logits(TOKENS)
-    return {"difference": float((logits(model) - ours).abs().max()), "experts": open_model(path).card.expert_names}
+    ours = flexolmo_megatron.load_model(path)
+    return {"difference": float((logits(model) - ours.logits(TOKENS)).abs().max()), "experts": ours.expert_names}
 
 
 class Recorder(Callback):
@@ -82,21 +89,13 @@ class Recorder(Callback):
         self.report["losses"].append(float(context.loss_dict["lm loss"]))
 
 
-def train(mode, *arguments):
-    """A recipe in Bridge's trainer: options of ours, then after -- overrides of Bridge's own."""
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    container = getattr(bridge, f"flexolmo_{mode}")(arguments[:split])
-    process_config_with_overrides(container, cli_overrides=list(arguments[split + 1:]))
+def train(mode, options, *overrides):
+    """A recipe in Bridge's trainer: options of ours, and overrides of Bridge's own."""
+    container = getattr(bridge, f"flexolmo_{mode}")(options)
+    process_config_with_overrides(container, cli_overrides=list(overrides))
     recorder = Recorder()
-    bridge.pretrain(container, [recorder])
-    return recorder.report
-
-
-def main():
-    """Run the task that the command line names, and write its report."""
-    report, task, *arguments = sys.argv[1:]
     try:
-        result = {"convert": convert, "load": load, "train": train}[task](*arguments)
-    except FlexOlmoError as error:
-        result = {"refused": str(error)}
-    Path(report).write_text(json.dumps(result))
+        bridge.pretrain(container, [recorder])
+    except SystemExit as stop:
+        recorder.report["exit status"] = stop.code
+    return recorder.report

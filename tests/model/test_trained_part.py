@@ -7,7 +7,7 @@ import torch
 
 from flexolmo_megatron.model.builder import block_spec
 from flexolmo_megatron.model.config import transformer_config
-from flexolmo_megatron.model.owners import OwnersModel
+from flexolmo_megatron.model.trained_part import TrainedPartModel
 from flexolmo_megatron.runtime.setup import initialize
 from flexolmo_megatron.training.freezing import TRAINED_BY_OWNER, freeze_anchor
 from tests.random_models import SIZES
@@ -16,8 +16,8 @@ from tests.random_models import SIZES
 def test_an_owners_checkpoint_holds_what_trains_alone():
     initialize()
     config = transformer_config(replace(SIZES, num_experts=2, top_k=2, router_bias=True), "pair")
-    model = OwnersModel(config, block_spec("pair", config), vocab_size=SIZES.vocab_size, max_sequence_length=64,
-                        share_embeddings_and_output_weights=False, position_embedding_type="rope")
+    model = TrainedPartModel(config, block_spec("pair", config), vocab_size=SIZES.vocab_size, max_sequence_length=64,
+                             share_embeddings_and_output_weights=False, position_embedding_type="rope")
     freeze_anchor(model)
     sharded = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     assert len(sharded) == 2 * 4 and all(TRAINED_BY_OWNER.search(name) for name in sharded)

@@ -36,10 +36,12 @@ from flexolmo_megatron.integrations.bridge.models import FlexOlmoProvider, model
 from flexolmo_megatron.integrations.bridge.recipes import (  # noqa: E402
     flexolmo_anchor,
     flexolmo_expert,
+    flexolmo_router,
     pretrain,
 )
 from flexolmo_megatron.integrations.cards import write_cards  # noqa: E402
 
 __all__ = [
-    "FlexOlmoProvider", "flexolmo_anchor", "flexolmo_expert", "model_provider", "pretrain", "provider", "write_cards",
+    "FlexOlmoProvider", "flexolmo_anchor", "flexolmo_expert", "flexolmo_router", "model_provider", "pretrain",
+    "provider", "write_cards",
 ]

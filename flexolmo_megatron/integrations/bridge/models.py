@@ -20,7 +20,6 @@ from megatron.bridge.models.conversion.param_mapping import (
 )
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from transformers import FlexOlmoForCausalLM, Olmo2ForCausalLM
 
 from flexolmo_megatron.config.card import ModelCard, numbered_experts
@@ -28,10 +27,10 @@ from flexolmo_megatron.convert.huggingface_config import parse_config, render_co
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.convert.names import TABLE, Rule
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.model.builder import block_spec, build_model
+from flexolmo_megatron.model.builder import build_model
 from flexolmo_megatron.model.config import FlexOlmoTransformerConfig, transformer_config
 from flexolmo_megatron.model.engine import engine_settings
-from flexolmo_megatron.model.owners import OwnersModel
+from flexolmo_megatron.model.trained_part import TrainedPartModel
 from flexolmo_megatron.model.weights import load_weights
 
 
@@ -42,6 +41,8 @@ class FlexOlmoProvider(FlexOlmoTransformerConfig, GPTModelProvider):
     flexolmo_card: str = ""
     """What the model is, as JSON: it is then in the run_config.yaml of every checkpoint, where ``write_cards`` reads
     it."""
+    flexolmo_merged: str | None = None
+    """Router tuning only: the merged model that is tuned."""
 
     @property
     def card(self) -> ModelCard:
@@ -53,9 +54,11 @@ class FlexOlmoProvider(FlexOlmoTransformerConfig, GPTModelProvider):
         Raises:
             FlexOlmoError: a size is not the card's.
         """
-        for name, value in _sizes(self.card).items():
-            if getattr(self, name) != value:
-                raise FlexOlmoError(f"model.{name} = {getattr(self, name)}: expected {value}, as the model's card says")
+        expected = provider(self.card)
+        for name in _ARCHITECTURE:
+            if getattr(self, name) != getattr(expected, name):
+                raise FlexOlmoError(f"model.{name} = {getattr(self, name)}: expected {getattr(expected, name)}, as the "
+                                    "model's card says")
         super().finalize()
 
     def provide(self, pre_process: bool | None = None, post_process: bool | None = None,
@@ -64,39 +67,32 @@ class FlexOlmoProvider(FlexOlmoTransformerConfig, GPTModelProvider):
         card = self.card
         return build_model(
             card.model,
-            card.kind,
+            card.model_kind,
             self,
             pre_process=pre_process is not False,
             post_process=post_process is not False,
             vp_stage=vp_stage,
-            model_class=OwnersModel if card.kind == "pair" else GPTModel,
+            model_class=TrainedPartModel if card.kind in ("pair", "router") else GPTModel,
             pg_collection=self._pg_collection,
         )
 
 
-def _sizes(card: ModelCard) -> dict[str, Any]:
-    size = card.model
-    return dict(num_layers=size.num_layers, hidden_size=size.hidden_size, ffn_hidden_size=size.ffn_hidden_size,
-                num_attention_heads=size.num_attention_heads, num_query_groups=size.num_query_groups,
-                kv_channels=size.head_dim, vocab_size=size.vocab_size, rotary_base=size.rotary_base,
-                layernorm_epsilon=size.layernorm_epsilon, num_moe_experts=size.num_experts or None)
-
-
-def _layers(config: FlexOlmoProvider, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    return block_spec(config.card.kind, config, vp_stage=vp_stage)
+_ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+                 "kv_channels", "vocab_size", "rotary_base", "layernorm_epsilon", "num_moe_experts", "moe_router_topk",
+                 "router_bias")
+"""What nobody may change of a provider."""
 
 
 def provider(card: ModelCard, dtype: torch.dtype = torch.bfloat16, **options: Any) -> FlexOlmoProvider:
     """Return the provider of a model.
 
     Args:
-        card: what it is: dense (the anchor), pair (an owner's run) or moe (merged).
+        card: what it is: dense (the anchor), pair (an owner's run), moe (merged) or router (merged, to be tuned).
         dtype: of weights and activations; bfloat16 or float32.
         options: fields of the provider, such as parallel sizes.
     """
     values = dict(
         flexolmo_card=card.to_json(),
-        transformer_layer_spec=_layers,
         vocab_size=card.model.vocab_size,
         seq_length=card.model.max_position_embeddings,
         rotary_base=card.model.rotary_base,
@@ -104,8 +100,8 @@ def provider(card: ModelCard, dtype: torch.dtype = torch.bfloat16, **options: An
         share_embeddings_and_output_weights=False,
         hetereogenous_dist_checkpoint=True,  # upstream's name: a key per layer, as ``convert`` reads checkpoints
     )
-    values |= engine_settings(card.kind) | options
-    return transformer_config(card.model, card.kind, dtype=dtype, config_class=FlexOlmoProvider, **values)
+    values |= engine_settings(card.model_kind) | options
+    return transformer_config(card.model, card.model_kind, dtype=dtype, config_class=FlexOlmoProvider, **values)
 
 
 def model_provider(path: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> FlexOlmoProvider:
@@ -181,6 +177,9 @@ class FlexOlmoBridge(MegatronModelBridge):
 
     def provider_bridge(self, hf_pretrained: Any) -> FlexOlmoProvider:
         config = hf_pretrained.config
+        rope = getattr(config, "rope_parameters", None) or {}
+        if "rope_theta" in rope:  # transformers 4.57 looks at the other place alone, and fills in a default
+            config.rope_theta = rope["rope_theta"]
         model, kind = parse_config(config.to_dict(), f"config.json of {config.name_or_path or 'the model'}")
         dtype = getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
         return provider(ModelCard(kind, model, numbered_experts(model.num_experts)), dtype)

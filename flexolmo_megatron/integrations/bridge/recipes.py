@@ -1,7 +1,7 @@
 """Training in Megatron-Bridge's own trainer: recipes, with what ``flexolmo train`` starts from, freezes and reads.
 
-Not covered: router tuning, and the options that ``_WITHOUT`` names, which are refused. ``checkpoint_hash`` and
-``max_skipped_steps`` have no effect: Bridge's trainer has checks of its own.
+Not covered: the options that ``_WITHOUT`` names, which are refused. ``checkpoint_hash`` and ``max_skipped_steps`` have
+no effect: Bridge's trainer has checks of its own.
 """
 
 import os
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.bridge.training import config as bridge
@@ -22,7 +22,9 @@ from megatron.core.utils import get_model_config
 
 from flexolmo_megatron.config.card import ModelCard
 from flexolmo_megatron.config.load import load_config
-from flexolmo_megatron.config.train import TrainConfig
+from flexolmo_megatron.config.train import RouterTrainConfig, TrainConfig
+from flexolmo_megatron.convert.model import newest_checkpoint, open_model
+from flexolmo_megatron.convert.rows import untuned
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.integrations.bridge.models import FlexOlmoProvider, provider
 from flexolmo_megatron.integrations.cards import check_checkpoints, write_cards
@@ -31,13 +33,14 @@ from flexolmo_megatron.runtime.ranks import on_first_rank
 from flexolmo_megatron.runtime.setup import world_size
 from flexolmo_megatron.training.freezing import FrozenMark
 from flexolmo_megatron.training.optimization import optimizer_config
-from flexolmo_megatron.training.planning import plan
+from flexolmo_megatron.training.planning import Mode, plan
+from flexolmo_megatron.training.router_run import write_tuned_model
 from flexolmo_megatron.training.run import run_datasets
 from flexolmo_megatron.training.run_plan import Plan
-from flexolmo_megatron.training.start import fill
+from flexolmo_megatron.training.start import fill, run_settings
 
 _WITHOUT = ("optimizer.router_lr", "expert.domain_loss_coeff", "expert.routing_noise", "expert.anchor_kl_coeff",
-            "fp8.recipe", "stop_after")
+            "fp8.recipe", "stop_after", "leave_one_out")
 
 
 def flexolmo_anchor(overrides: Sequence[str] = (), preset: str | None = None) -> bridge.ConfigContainer:
@@ -61,26 +64,29 @@ def flexolmo_expert(overrides: Sequence[str] = (), preset: str | None = None) ->
     return _recipe("expert", overrides, preset)
 
 
-def _recipe(mode: Literal["anchor", "expert"], overrides: Sequence[str], preset: str | None) -> bridge.ConfigContainer:
-    config = load_config(TrainConfig, preset=preset, overrides=overrides)
+def flexolmo_router(overrides: Sequence[str] = (), preset: str | None = None) -> bridge.ConfigContainer:
+    """Recipe of tuning a merged model's router, with all experts; see ``flexolmo_expert``.
+
+    The tuned model is in the folder ``model`` of ``out`` when ``pretrain`` has come to the last step.
+    """
+    return _recipe("router", overrides, preset)
+
+
+def _recipe(mode: Mode, overrides: Sequence[str], preset: str | None) -> bridge.ConfigContainer:
+    schema = RouterTrainConfig if mode == "router" else TrainConfig
+    config = load_config(schema, preset=preset, overrides=overrides)
     for name in _WITHOUT:
         if attrgetter(name)(config):
             raise FlexOlmoError(f"{name} = {attrgetter(name)(config)}: not available in Megatron-Bridge; expected no "
                                 "value, or `flexolmo train`")
     planned = plan(mode, config, world_size())
-    parallel, settings = config.parallel, config.optimizer
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    settings = config.optimizer
     model = provider(
         planned.card,
-        dtype,
         anchor_ffn_hidden_size=planned.anchor_ffn_hidden_size,
         seq_length=config.data.seq_length,
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        context_parallel_size=parallel.context,
-        sequence_parallel=parallel.sequence,
-        **({} if mode == "anchor" else {"moe_z_loss_coeff": config.moe_z_loss_coeff or None}),
+        flexolmo_merged=config.merged,
+        **run_settings(config, planned.card.model_kind),
     )
     model.register_pre_wrap_hook(lambda chunks: _fill(chunks, model, planned, config))
     on_cuda = torch.cuda.is_available()
@@ -121,9 +127,9 @@ def _recipe(mode: Literal["anchor", "expert"], overrides: Sequence[str], preset:
 
 
 def _fill(chunks: list[GPTModel], model: FlexOlmoProvider, planned: Plan, config: TrainConfig) -> list[GPTModel]:
-    """Bridge's pre-wrap hook: weights, and for a pair what trains, before DDP and optimizer look."""
+    """Bridge's pre-wrap hook: weights, and what trains, before DDP and optimizer look."""
     fill(chunks, planned, config)
-    model.flexolmo_card = planned.card.to_json()  # which the digest of the anchor is in now
+    model.flexolmo_card = planned.card.to_json()  # which the digest of the anchor or merged model is in now
     return chunks
 
 
@@ -141,15 +147,17 @@ class RunData(bridge.DatasetProvider):
 
     def build_datasets(self, context: bridge.DatasetBuildContext) -> tuple[Any, Any, Any]:
         """Training and validation samples, as many as Bridge asks for; no test samples."""
-        batch = self.config.global_batch_size
         sized = replace(
-            self.config, train_iters=context.train_samples // batch, eval_iters=context.valid_samples // batch
+            self.config, global_batch_size=1, train_iters=context.train_samples, eval_iters=context.valid_samples
         )
         return tuple(run_datasets(sized, self.card))
 
 
 class _Run(Callback):
     """What Bridge's trainer has no configuration for: biases that stay at or below 0, and proof of the frozen bits."""
+
+    frozen: FrozenMark | None = None
+    """Made when training begins."""
 
     def on_train_start(self, context: CallbackContext) -> None:
         settings = get_model_config(context.model[0])
@@ -161,10 +169,10 @@ class _Run(Callback):
                 hold_biases_at_zero(chunk)
 
         settings.finalize_model_grads_func = finalize_and_hold
-        self._frozen = FrozenMark(context.model)
+        self.frozen = FrozenMark(context.model)
 
     def on_train_end(self, context: CallbackContext) -> None:
-        self._frozen.check()
+        self.frozen.check()
 
 
 def pretrain(container: bridge.ConfigContainer, callbacks: Sequence[Callback] = ()) -> None:
@@ -173,14 +181,30 @@ def pretrain(container: bridge.ConfigContainer, callbacks: Sequence[Callback] = 
     Raises:
         FlexOlmoError: the checkpoints to go on with belong to another run.
         RuntimeError: a frozen parameter has changed (a defect of this package).
+        SystemExit: Bridge's way to stop before the last step.
     """
-    folders, model = container.checkpoint, container.model
+    folders, model, run, stopped = container.checkpoint, container.model, _Run(), None
 
     def check(chunks: list[GPTModel]) -> list[GPTModel]:
         on_first_rank(lambda: check_checkpoints(folders.save, folders.load, model.card))
         return chunks
 
-    model.register_pre_wrap_hook(check)  # after the recipe's, in which the card has got the digest of the anchor
-    trainer.pretrain(container, forward_step, callbacks=[_Run(), *callbacks])
+    model.register_pre_wrap_hook(check)  # after the recipe's, in which the card has got its digest
+    try:
+        trainer.pretrain(container, forward_step, callbacks=[run, *callbacks])
+    except SystemExit as stop:  # at exit_interval, a time limit or a signal, without a call of on_train_end
+        if run.frozen is None:
+            raise
+        run.frozen.check()
+        stopped = stop
     if folders.save and os.environ.get("RANK", "0") == "0":  # Bridge's process group is gone
-        write_cards(Path(folders.save))
+        _finish(Path(folders.save), model, complete=stopped is None)
+    if stopped is not None:
+        raise stopped
+
+
+def _finish(save: Path, model: FlexOlmoProvider, complete: bool) -> None:
+    write_cards(save)
+    if model.card.kind == "router" and complete:
+        merged = untuned(open_model(model.flexolmo_merged))
+        print(write_tuned_model(merged, model.card.merged_digest, [newest_checkpoint(save)], save))

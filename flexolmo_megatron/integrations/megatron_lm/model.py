@@ -14,8 +14,8 @@ from flexolmo_megatron.integrations.cards import check_checkpoints, write_cards
 from flexolmo_megatron.integrations.megatron_lm.arguments import LaunchArguments, dense_card
 from flexolmo_megatron.model.builder import block_spec, build_model
 from flexolmo_megatron.model.config import FlexOlmoTransformerConfig
-from flexolmo_megatron.model.owners import OwnersModel
 from flexolmo_megatron.model.spec import TorchSpecProvider, default_backend
+from flexolmo_megatron.model.trained_part import TrainedPartModel
 from flexolmo_megatron.runtime.ranks import on_first_rank
 from flexolmo_megatron.training.freezing import FrozenMark
 from flexolmo_megatron.training.start import fill_pair, name_anchor
@@ -59,7 +59,7 @@ class ModelProvider:
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
-            model_class=OwnersModel if expert else GPTModel,
+            model_class=TrainedPartModel if expert else GPTModel,
             pg_collection=pg_collection,
         )
         self.chunks.append(model)
