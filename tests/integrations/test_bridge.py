@@ -56,7 +56,7 @@ def router_options(world, out):
 
 
 def in_bridge(ranks, tasks):
-    return run_distributed(perform, ranks, tasks, python=PYTHON)[0]
+    return run_distributed(perform, ranks, tasks, python=PYTHON, timeout=600)[0]
 
 
 @pytest.fixture(scope="module")
