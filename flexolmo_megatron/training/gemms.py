@@ -45,7 +45,8 @@ def count_gemms(work: Callable[[], object]) -> GemmCount:
             torch.cuda.synchronize()
     events = recorded.events()
     if on_cuda:
-        names = Counter(e.name for e in events if e.device_type is DeviceType.CUDA and is_product(e.name))
+        # Not "is": torch makes a new object of this type for each event.
+        names = Counter(e.name for e in events if e.device_type == DeviceType.CUDA and is_product(e.name))
         return GemmCount(names.total(), dict(names), None)
     shapes = [event.input_shapes for event in events if event.name == "aten::mm"]
     sizes = [(left[0], left[1], right[1]) for left, right in shapes]

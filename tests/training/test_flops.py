@@ -7,8 +7,9 @@ import torch
 
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.runtime.setup import initialize
+from flexolmo_megatron.training import gemms
 from flexolmo_megatron.training.flops import attention_flops, mixture_products, pair_flops, pair_products, total
-from flexolmo_megatron.training.gemms import count_gemms, is_product
+from flexolmo_megatron.training.gemms import GemmCount, count_gemms, is_product
 
 SMALL = ModelConfig(num_layers=3, hidden_size=24, ffn_hidden_size=40, num_attention_heads=4, num_query_groups=2,
                     vocab_size=50, max_position_embeddings=16, num_experts=2, top_k=2)
@@ -104,3 +105,21 @@ def test_a_step_without_freezing_launches_the_weight_gradients_too():
 ])
 def test_which_kernels_are_products(kernel, product):
     assert is_product(kernel) == product
+
+
+def test_kernels_of_a_gpu_are_counted(monkeypatch):
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from torch.autograd import DeviceType
+
+    def event(name, device):
+        # As the profiler hands it out: equal to the type's member, but another object.
+        return SimpleNamespace(name=name, device_type=DeviceType(device.value))
+
+    events = [event("nvjet_x", DeviceType.CUDA), event("copy", DeviceType.CUDA), event("aten::mm gemm", DeviceType.CPU)]
+    recorded = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(gemms, "profile", lambda **options: nullcontext(recorded))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert count_gemms(lambda: None) == GemmCount(1, {"nvjet_x": 1}, None)
