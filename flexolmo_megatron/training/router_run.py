@@ -13,6 +13,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from flexolmo_megatron.config.card import PUBLIC, TUNED, TUNED_MODEL, UNTUNED, WITHOUT, RowSet
+from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
 from flexolmo_megatron.convert.megatron import open_megatron
@@ -59,6 +60,14 @@ def plan_router(config: TrainConfig) -> Plan:
         raise FlexOlmoError(f"data.proxies: {error}") from None
     card = replace(source.card, kind="router", row_sets=[RowSet(TUNED, owners, [n for n in owners if n in proxies])])
     return Plan(card, source)
+
+
+def active_experts(model: ModelConfig, rows: RowSet) -> int:
+    """How many experts a token gets while a set of rows is tuned: top-k, but no more than take part.
+
+    The alltoall dispatcher's fused permutation makes room for exactly so many rows per token.
+    """
+    return min(model.top_k, 1 + len(rows.experts))
 
 
 def switch_off(chunk: GPTModel, names: list[str], rows: RowSet) -> None:

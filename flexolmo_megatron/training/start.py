@@ -25,7 +25,7 @@ from flexolmo_megatron.model.weights import init_expert_from_anchor, load_anchor
 from flexolmo_megatron.runtime.ranks import on_first_rank, together
 from flexolmo_megatron.runtime.setup import local_device
 from flexolmo_megatron.training.freezing import freeze_all_but_router, freeze_anchor
-from flexolmo_megatron.training.router_run import switch_off
+from flexolmo_megatron.training.router_run import active_experts, switch_off
 from flexolmo_megatron.training.run_plan import Plan
 
 
@@ -132,13 +132,15 @@ def fill(chunks: list[GPTModel], planned: Plan, config: TrainConfig) -> None:
 
 def _filled(config: TrainConfig, planned: Plan, resumes: bool) -> list[DistributedDataParallel]:
     """Any model but a pair; a checkpoint of one has all of it, but of router tuning."""
-    chunks = together(lambda: _build(config, planned.built))
-    if planned.card.kind == "router" or not resumes:
+    rows = planned.card.row_sets[0] if planned.card.kind == "router" else None
+    top_k = {} if rows is None else {"moe_router_topk": active_experts(planned.built.model, rows)}
+    chunks = together(lambda: _build(config, planned.built, **top_k))
+    if rows is not None or not resumes:
         load_weights(chunks, planned.source)
-    if planned.card.kind == "router":
+    if rows is not None:
         for chunk in chunks:
             freeze_all_but_router(chunk)
-            switch_off(chunk, planned.source.card.expert_names, planned.card.row_sets[0])
+            switch_off(chunk, planned.source.card.expert_names, rows)
     return wrap(config, chunks)
 
 

@@ -263,6 +263,23 @@ def test_expert_parallel(folder, tmp_path):
             torch.testing.assert_close(mine[name], value, rtol=0, atol=2e-3)
 
 
+def test_no_room_is_made_for_experts_that_take_no_part(folder, tmp_path, monkeypatch):
+    """On a GPU the tokens' new order is made by a kernel that is told how many rows there will be."""
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher as Dispatcher
+
+    def dispatch(self, *args):
+        rows, probabilities = real(self, *args)
+        seen.add((len(rows), self.num_out_tokens))
+        return rows, probabilities
+
+    real, seen = Dispatcher.dispatch_preprocess, set()
+    monkeypatch.setattr(Dispatcher, "dispatch_preprocess", dispatch)
+    save_model(random_model("moe", 3, 3, sizes=replace(SIZES, vocab_size=264)), tmp_path / "merged", "megatron")
+    assert main(options(folder, tmp_path / "run", f"merged={tmp_path}/merged", "train_iters=1",
+                        "optimizer.lr_warmup_iters=0", "--leave-one-out")) == 0
+    assert seen == {(3 * 64, 3 * 64), (2 * 64, 2 * 64)}
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     (["merged=null"], "merged has no value: router tuning needs a merged model; set merged=PATH"),
     (["merged=nowhere"], "nowhere does not exist"),
