@@ -39,17 +39,19 @@ class Recipe:
     """Lowest CUDA version of torch and Transformer Engine."""
     multiple: int
     """Every dimension of a matrix product is a multiple of this."""
+    block: int
+    """Both dimensions of what sequence parallelism gathers in FP8 are multiples of this."""
 
 
 RECIPES = {
     # One scale per tensor, from the largest value of the past.
-    "delayed": Recipe("hybrid", (8, 9), None, "12.1", 16),
+    "delayed": Recipe("hybrid", (8, 9), None, "12.1", 16, 16),
     # One scale per tensor, from its largest value now.
-    "tensorwise": Recipe("hybrid", (8, 9), None, "12.1", 16),
+    "tensorwise": Recipe("hybrid", (8, 9), None, "12.1", 16, 16),
     # A scale per 1 x 128 activations and 128 x 128 weights.
-    "blockwise": Recipe("e4m3", (9, 0), None, "12.9", 16),
+    "blockwise": Recipe("e4m3", (9, 0), None, "12.9", 16, 128),
     # A power-of-two scale per 32 values, in hardware.
-    "mxfp8": Recipe("e4m3", (10, 0), (12, 0), "12.8", 32),
+    "mxfp8": Recipe("e4m3", (10, 0), (12, 0), "12.8", 32, 32),
 }
 """Under Megatron's names (``--fp8-recipe``)."""
 
@@ -139,37 +141,44 @@ def check_sizes(
     anchor_ffn: int = 0,
     ffn_parallel: int | None = None,
     token_parallel: int = 1,
+    sequence_parallel: bool = False,
+    tokens_name: str = "micro_batch_size * data.seq_length",
 ) -> None:
     """Check that every matrix product of the layers has dimensions that FP8 units can take.
 
     Args:
         recipe: name; a key of ``RECIPES``.
         model: the architecture.
-        tokens: in a microbatch.
+        tokens: the fewest that the layers get at once.
         tensor_parallel: processes that share each matrix.
         anchor_ffn: of a pair, inner width of the anchor's FFN where it is another than the owner's.
         ffn_parallel: processes that share each FFN matrix; None for as many as ``tensor_parallel``.
         token_parallel: processes that share the tokens of each sequence (context and sequence parallelism).
+        sequence_parallel: whether sequence parallelism is on.
+        tokens_name: what the number of tokens is, for the message.
 
     Raises:
         FlexOlmoError: a dimension is not a multiple of what the recipe needs.
     """
     multiple, head = RECIPES[recipe].multiple, model.head_dim
+    gathered = RECIPES[recipe].block if sequence_parallel else multiple
     sizes = {
-        "model.hidden_size": (model.hidden_size, 1),
-        "model.ffn_hidden_size": (model.ffn_hidden_size, ffn_parallel or tensor_parallel),
-        "the anchor's ffn_hidden_size": (anchor_ffn, tensor_parallel),
-        "model.num_attention_heads * head_dim": (model.num_attention_heads * head, tensor_parallel),
+        "model.hidden_size": (model.hidden_size, 1, gathered),
+        "model.ffn_hidden_size": (model.ffn_hidden_size, ffn_parallel or tensor_parallel, multiple),
+        "the anchor's ffn_hidden_size": (anchor_ffn, tensor_parallel, multiple),
+        "model.num_attention_heads * head_dim": (model.num_attention_heads * head, tensor_parallel, multiple),
         "query, key and value projections together": (
             (model.num_attention_heads + 2 * model.num_query_groups) * head,
             tensor_parallel,
+            multiple,
         ),
-        "micro_batch_size * data.seq_length": (tokens, token_parallel),
+        tokens_name: (tokens, token_parallel, gathered),
     }
-    for name, (size, split) in sizes.items():
-        if size % (multiple * split):
+    for name, (size, split, needed) in sizes.items():
+        if size % (needed * split):
             shared = f" / {split} processes" if split > 1 else ""
-            raise FlexOlmoError(f"fp8.recipe = {recipe}: {name} = {size}{shared} is not a multiple of {multiple}")
+            why = ", which parallel.sequence needs with this recipe" if needed > multiple else ""
+            raise FlexOlmoError(f"fp8.recipe = {recipe}: {name} = {size}{shared} is not a multiple of {needed}{why}")
 
 
 def fp8_settings(recipe: str | None) -> dict[str, Any]:

@@ -72,6 +72,14 @@ def test_seven_billion_fits_every_recipe_up_to_eight_processes():
         check_sizes("tensorwise", SEVEN, 128, token_parallel=16)
 
 
+def test_sequence_parallelism_gathers_whole_blocks():
+    for recipe, tokens in (("tensorwise", 16), ("blockwise", 128), ("mxfp8", 32)):
+        check_sizes(recipe, SEVEN, 8 * tokens, 8, token_parallel=8, sequence_parallel=True)
+    check_sizes("blockwise", SEVEN, 8 * 64, 8)
+    with pytest.raises(FlexOlmoError, match="= 512 / 8 processes is not a multiple of 128, which parallel.sequence ne"):
+        check_sizes("blockwise", SEVEN, 8 * 64, 8, token_parallel=8, sequence_parallel=True)
+
+
 @pytest.mark.parametrize(("change", "tokens", "anchor", "message"), [
     ({"hidden_size": 4104, "num_attention_heads": 27, "num_query_groups": 27}, 4096, 0,
      "fp8.recipe = tensorwise: model.hidden_size = 4104 is not a multiple of 16"),
