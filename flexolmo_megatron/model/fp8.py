@@ -142,20 +142,18 @@ def check_sizes(
     ffn_parallel: int | None = None,
     token_parallel: int = 1,
     sequence_parallel: bool = False,
-    tokens_name: str = "micro_batch_size * data.seq_length",
 ) -> None:
     """Check that every matrix product of the layers has dimensions that FP8 units can take.
 
     Args:
         recipe: name; a key of ``RECIPES``.
         model: the architecture.
-        tokens: the fewest that the layers get at once.
+        tokens: in a microbatch.
         tensor_parallel: processes that share each matrix.
         anchor_ffn: of a pair, inner width of the anchor's FFN where it is another than the owner's.
         ffn_parallel: processes that share each FFN matrix; None for as many as ``tensor_parallel``.
         token_parallel: processes that share the tokens of each sequence (context and sequence parallelism).
         sequence_parallel: whether sequence parallelism is on.
-        tokens_name: what the number of tokens is, for the message.
 
     Raises:
         FlexOlmoError: a dimension is not a multiple of what the recipe needs.
@@ -172,7 +170,7 @@ def check_sizes(
             tensor_parallel,
             multiple,
         ),
-        tokens_name: (tokens, token_parallel, gathered),
+        "micro_batch_size * data.seq_length": (tokens, token_parallel, gathered),
     }
     for name, (size, split, needed) in sizes.items():
         if size % (needed * split):

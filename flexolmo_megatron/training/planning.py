@@ -75,18 +75,15 @@ def plan(mode: Mode, config: TrainConfig, world_size: int) -> Plan:
 def _check_fp8(config: TrainConfig, planned: Plan) -> None:
     check_recipe(config.fp8.recipe, this_chip())
     parallel = config.parallel
-    # The anchor alone sees the public sequences of a microbatch, of which there may be one.
-    alone = {"tokens_name": "data.seq_length with expert.anchor_kl_coeff"} if config.expert.anchor_kl_coeff else {}
     check_sizes(
         config.fp8.recipe,
         planned.card.model,
-        config.data.seq_length * (1 if alone else config.micro_batch_size),
+        config.micro_batch_size * config.data.seq_length,
         parallel.tensor,
         planned.anchor_ffn_hidden_size or 0,
         ffn_parallel=parallel.expert_tensor,
         token_parallel=parallel.context * (parallel.tensor if parallel.sequence else 1),
         sequence_parallel=parallel.sequence,
-        **alone,
     )
 
 

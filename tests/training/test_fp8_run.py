@@ -1,15 +1,9 @@
 """Runs in FP8 that cannot work are refused before anything is built or written."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from flexolmo_megatron.cli import main
-from flexolmo_megatron.config.load import load_config
-from flexolmo_megatron.config.train import TrainConfig
-from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.model.fp8 import Chip
-from flexolmo_megatron.training import planning
 from tests.training.runs import SMALL
 
 
@@ -35,15 +29,3 @@ def test_sizes_are_checked_against_the_recipe(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("flexolmo_megatron.training.planning.this_chip", lambda: chip)
     error = _refusal(tmp_path, capsys, "bf16=true", "fp8.recipe=mxfp8")
     assert "fp8.recipe = mxfp8: model.ffn_hidden_size = 48 is not a multiple of 32" in error
-
-
-def test_single_sequences_must_fit_where_the_anchor_gets_some_of_a_microbatch(monkeypatch):
-    chip = Chip("NVIDIA H100", (9, 0), "12.9", "2.11.0")
-    monkeypatch.setattr(planning, "this_chip", lambda: chip)
-    options = ["fp8.recipe=tensorwise", "micro_batch_size=4", "data.seq_length=4100", "data.train=[x]", "out=x"]
-    config = load_config(TrainConfig, preset="7b-pair", overrides=options)
-    planned = SimpleNamespace(card=SimpleNamespace(model=config.model), anchor_ffn_hidden_size=None)
-    planning._check_fp8(config, planned)
-    config.expert.anchor_kl_coeff = 0.5
-    with pytest.raises(FlexOlmoError, match="data.seq_length with expert.anchor_kl_coeff = 4100 is not a multiple of"):
-        planning._check_fp8(config, planned)
