@@ -1,6 +1,10 @@
-"""The whole comparison, once, on tiny texts: every method, the report, resumption."""
+"""The whole comparison, once, on tiny texts: every method, the report, resumption; and by several processes."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,9 @@ from flexolmo_megatron.compare.config import load_compare
 from flexolmo_megatron.compare.scores import held_out
 from flexolmo_megatron.evaluation.perplexity import evaluate_documents
 from flexolmo_megatron.inference.model import load_model
+from tests.slurm.cluster import Cluster, unavailable
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +108,42 @@ def test_other_options_are_refused(ran: Path, capsys: pytest.CaptureFixture) -> 
     assert main(["compare", str(ran), "owner.optimizer.lr=1e-3"]) == 2
     assert "seed_1/experts/math was made with optimizer.lr = 0.003, which is 0.001 now: remove this folder" in (
         capsys.readouterr().err)
+
+
+def test_processes_of_torchrun_come_to_the_same_numbers(ran: Path, config_file: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
+         "flexolmo_megatron.cli", "compare", config_file, "methods=[public,flexolmo]", "train.micro_batch_size=2"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, theirs = table_of(ran), table_of(Path(config_file))
+    assert {"public", "FlexOlmo", "FlexOlmo tuned"} <= set(theirs)
+    for name, method in theirs.items():  # gradients are summed in another order
+        assert bits(method) == pytest.approx(bits(ours[name]), rel=1e-4), name
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(1200)  # a machine with other work
+@pytest.mark.skipif(unavailable() is not None, reason=unavailable() or "")
+def test_arrays_of_slurm_make_the_same_table(ran: Path, config_file: str, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture) -> None:
+    words = ["compare", config_file, "--slurm", "methods=[public,dense,soup]", f"slurm.python={sys.executable}",
+             f"slurm.setup=[export OMP_NUM_THREADS=1 PYTHONPATH={ROOT}]"]
+    out = Path(config_file).parent / "out"
+    for done in ("data", "seed_1/public", "seed_1/anchor"):  # the jobs do what is missing
+        shutil.copytree(ran.parent / "out" / done, out / done)
+    with Cluster() as cluster:
+        monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+        assert main(words) == 0
+        jobs = json.loads((out / "slurm" / "jobs.json").read_text())
+        last = cluster.wait(jobs["steps_3"]["job"])
+    log = (out / "launch.log").read_text()
+    assert last["JobState"] == "COMPLETED", log
+    assert (len(jobs), log.count("): done\n")) == (4, 5)  # both dense models at once, soup, scores, report
+    ours, theirs = table_of(ran), table_of(Path(config_file))
+    assert set(theirs) == {"public", "dense math", "dense code", "soup", "soup weighted oracle"}
+    assert theirs == {name: ours[name] for name in theirs}
+    capsys.readouterr()
+    assert main(words) == 0
+    assert capsys.readouterr().out == f"{out}: everything is there already\n"

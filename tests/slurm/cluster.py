@@ -25,6 +25,8 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 SlurmctldPort={port}
+# A job's processes meet at a port that follows from its number: clusters of tests that run side by side must differ.
+FirstJobId={first_job}
 AuthType=auth/munge
 CryptoType=crypto/munge
 # A requeued job waits until its old credential has expired.
@@ -131,8 +133,9 @@ class Cluster:
         port, *node_ports = free_ports(1 + len(NODES))
         nodes = "\n".join(f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs={self.cpus} "
                           "RealMemory=1000 State=UNKNOWN" for node, node_port in zip(NODES, node_ports, strict=True))
+        first_job = 1 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
         (self.root / "slurm.conf").write_text(CONFIGURATION.format(
-            root=self.root, host=host, port=port, nodes=nodes, grace=self.grace))
+            root=self.root, host=host, port=port, nodes=nodes, grace=self.grace, first_job=first_job))
 
     def _start(self) -> None:
         munge = self.root / "munge"
