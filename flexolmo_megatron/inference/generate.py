@@ -16,6 +16,7 @@ from torch import Tensor
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.inference.access import Experts, allowed_experts, named, only_allowed, using_rows
 from flexolmo_megatron.inference.attribution import RoutingWeights
+from flexolmo_megatron.inference.fixed_order import fixed_order
 
 if TYPE_CHECKING:
     from flexolmo_megatron.inference.model import Model
@@ -137,8 +138,9 @@ def _steps(model: "Model", prompts: Sequence[list[int]], max_new_tokens: int) ->
     for _ in range(max_new_tokens):
         end = first + tokens_bs.shape[1]
         positions_bs = torch.arange(first, end, device=model.device).expand_as(tokens_bs)
-        logits_b1V = model.module(tokens_bs, positions_bs, _hidden(starts_b, first, end), inference_context=context,
-                                  runtime_gather_output=True)
+        with fixed_order():
+            logits_b1V = model.module(tokens_bs, positions_bs, _hidden(starts_b, first, end), inference_context=context,
+                                      runtime_gather_output=True)
         context.increment_sequence_len_offset(end - first)
         chosen: list[int] = []
         yield logits_b1V[:, -1].float(), chosen

@@ -22,6 +22,7 @@ from flexolmo_megatron.convert.model import open_model, others
 from flexolmo_megatron.convert.rows import Choice, choose, describe_choice
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.inference.access import Experts, Names, Rows, allowed_experts, named, only_allowed, using_rows
+from flexolmo_megatron.inference.fixed_order import fixed_order
 from flexolmo_megatron.inference.pair import couple, open_anchor
 from flexolmo_megatron.training.tokenizer import Tokenizer, load_tokenizer
 
@@ -143,7 +144,7 @@ class Model:
 
     def _forward(self, tokens_bs: Tensor, allowed_bE: Tensor | None) -> Tensor:
         positions_bs = torch.arange(tokens_bs.shape[1], device=self.device).expand_as(tokens_bs)
-        with only_allowed(self.module, allowed_bE):
+        with only_allowed(self.module, allowed_bE), fixed_order():
             return self.module(tokens_bs, positions_bs, attention_mask=None).float()
 
     def generate(self, prompts: str | Sequence[str], *, experts: Experts = None, max_new_tokens: int = 64,

@@ -1,5 +1,6 @@
 """Loading every kind of model, and the checks of what is asked of it."""
 
+import contextlib
 import re
 import shutil
 import threading
@@ -166,3 +167,37 @@ def test_a_pair_that_does_not_know_its_anchor(pair, tmp_path):
     save_model(replace(pair, card=replace(pair.card, anchor_path=None)), tmp_path / "pair", "megatron")
     with pytest.raises(FlexOlmoError, match="the pair's card has no anchor_path"):
         load_model(tmp_path / "pair")
+
+
+def test_a_gpu_is_asked_for_a_fixed_order_of_sums(monkeypatch):
+    from flexolmo_megatron.inference.fixed_order import fixed_order
+
+    def asked() -> tuple[bool, bool]:
+        return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+    with fixed_order():
+        assert asked() == (False, False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(KeyError), fixed_order():
+        assert asked() == (True, True)
+        raise KeyError
+    assert asked() == (False, False)
+
+
+def test_logits_and_texts_are_computed_in_a_fixed_order(model, monkeypatch):
+    inside, seen = [], []
+
+    @contextlib.contextmanager
+    def block():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    for module in ("model", "generate"):
+        monkeypatch.setattr(f"flexolmo_megatron.inference.{module}.fixed_order", block)
+    hook = model.module.register_forward_pre_hook(lambda *_: seen.append(bool(inside)))
+    model.logits(TOKENS)
+    model.generate("a", max_new_tokens=2)
+    hook.remove()
+    assert len(seen) >= 2 + 1 and all(seen) and not inside
