@@ -269,8 +269,11 @@ def check_layer(
     for variant in [plain, *engines]:
         sound = _run_layer(variant, weights, hidden, allowed_BE).output
         spoilt = _run_layer(variant, weights, hidden, allowed_BE, excluded).output
-        what = f"merged layer, excluded experts hold NaN: {variant.name}"
-        yield Check(what, _relative(spoilt, sound), 0, "what is excluded is not computed")
+        what, tolerance = f"merged layer, excluded experts hold NaN: {variant.name}", 0.0
+        reason = "what is excluded is not computed"
+        if variant is plain:  # upstream's unfused kernels; where NaN got through, the error is NaN
+            tolerance, reason = 4 * BF16, f"{reason}; a GPU adds up a token's experts in any order"
+        yield Check(what, _relative(spoilt, sound), tolerance, reason)
 
 
 def _compare(
