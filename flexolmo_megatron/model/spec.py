@@ -6,6 +6,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -15,6 +16,7 @@ from flexolmo_megatron.model.attention import FlexOlmoSelfAttention, TorchAttent
 from flexolmo_megatron.model.ffn import GatedFFN
 from flexolmo_megatron.model.layer import FlexOlmoLayer, FlexOlmoLayerSubmodules
 from flexolmo_megatron.model.linear import ColumnLinear
+from flexolmo_megatron.model.mixture_input import MixtureInput
 from flexolmo_megatron.model.norm import RMSNorm
 from flexolmo_megatron.model.pair import CoupledPair, CoupledPairSubmodules
 from flexolmo_megatron.model.router import DomainRouter, PairRouter
@@ -90,6 +92,7 @@ def layer_spec(kind: ModelKind, backend: BackendSpecProvider | None = None) -> M
             ),
             self_attn_bda=get_bias_dropout_add,
             post_self_attn_layernorm=norm,
+            pre_mlp_layernorm=MixtureInput if kind == "moe" else IdentityOp,
             mlp=_mlp_spec(kind, backend),
             mlp_bda=get_bias_dropout_add,
             post_mlp_layernorm=norm,

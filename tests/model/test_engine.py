@@ -293,3 +293,26 @@ def _half_frozen_group():
 
 def test_a_group_of_experts_cannot_be_frozen_in_part():
     run_distributed(_half_frozen_group, 1)
+
+
+def _router_tuning():
+    """Gradients of routers, by layer, where nothing else trains: of the engine's fused path and of the local one."""
+    backend = _engine()
+    from flexolmo_megatron.model.weights import load_weights
+    from flexolmo_megatron.training.freezing import freeze_all_but_router
+
+    source, found = random_model("moe", 4, 2), []
+    for given, settings in ((backend, dict(moe_permute_fusion=True)), (None, {})):
+        model = _build("moe", source.card.model, given, **settings)
+        load_weights(model, source)
+        freeze_all_but_router(model)
+        _loss(model).backward()
+        found.append([layer.mlp.router.weight.grad for layer in model.decoder.layers])
+    return found
+
+
+def test_every_layer_s_router_is_tuned_where_its_input_needs_no_gradient():
+    [(fused, local)] = run_distributed(_router_tuning, 1)
+    for ours, expected in zip(fused, local, strict=True):
+        assert expected.abs().max() > 1e-4
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
