@@ -4,9 +4,11 @@ Starting Bridge takes longer than what it does here, so three launches do everyt
 what came of that, and ``sharded``, of two processes.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -245,6 +247,10 @@ def test_the_rope_base_is_read_from_either_place(tmp_path, left_out):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("megatron.bridge") is not None, reason="Megatron-Bridge is installed here")
-def test_without_bridge_one_sentence_says_how_to_install_it():
-    with pytest.raises(FlexOlmoError, match=r"^megatron-bridge is not installed; run: pip install 'megatron-bridge=="):
+@pytest.mark.parametrize("found, sentence", [(None, "megatron-bridge is not installed; run: pip install 'mega"),
+                                             ("0.4.0", "megatron-bridge 0.4.0 is installed, tested is 0.3.1; run: ")])
+def test_a_missing_or_another_bridge_is_one_sentence_with_the_install_line(monkeypatch, found, sentence):
+    if found is not None:
+        monkeypatch.setattr(importlib.metadata, "version", lambda package: found)
+    with pytest.raises(FlexOlmoError, match=f"^{re.escape(sentence)}"):
         import flexolmo_megatron.integrations.bridge  # noqa: F401
