@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from flexolmo_megatron.config.card import UNTUNED, RowSet
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
 from flexolmo_megatron.convert.megatron_writer import write_megatron
@@ -21,7 +23,7 @@ def write_row_sets(merged: LazyModel, expected: str, sets: Sequence[RowSet],
         merged: the untuned model.
         expected: its digest.
         sets: what each set of rows depends on.
-        rows: by canonical name, the rows and biases of each set.
+        rows: by canonical name, the rows and biases of each set; of any precision, written in the model's.
         path: a new directory.
 
     Raises:
@@ -30,10 +32,15 @@ def write_row_sets(merged: LazyModel, expected: str, sets: Sequence[RowSet],
             on disk since its digest was taken.
     """
     before = {name: tensor for name, tensor in merged.tensors.items() if is_row(name)}
-    others = {row_set.name: tensors for row_set, tensors in list(zip(sets, rows, strict=True))[1:]}
-    model = LazyModel(replace(merged.card, row_sets=[*sets, RowSet(UNTUNED)]), merged.tensors | rows[0],
-                      {**others, UNTUNED: before})
+    first, *others = ({name: _as(tensor, before[name].dtype) for name, tensor in tensors.items()} for tensors in rows)
+    named = {row_set.name: tensors for row_set, tensors in zip(sets[1:], others, strict=True)}
+    model = LazyModel(replace(merged.card, row_sets=[*sets, RowSet(UNTUNED)]), merged.tensors | first,
+                      {**named, UNTUNED: before})
     with atomic_directory(path) as staging:
         write_megatron(model, staging)
         if (digest := model_digest(untuned(open_model(staging)))) != expected:
             raise RuntimeError(f"the model with its untuned rows has the digest {digest}: expected {expected}")
+
+
+def _as(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    return LazyTensor(dtype, tensor.shape, lambda: tensor.read().to(dtype))

@@ -15,7 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from flexolmo_megatron.config.card import PUBLIC, TUNED, TUNED_MODEL, UNTUNED, WITHOUT, RowSet
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import TrainConfig
-from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
+from flexolmo_megatron.convert.lazy import LazyModel
 from flexolmo_megatron.convert.megatron import open_megatron
 from flexolmo_megatron.convert.model import check_names, open_model
 from flexolmo_megatron.convert.row_sets import write_row_sets
@@ -141,12 +141,7 @@ def write_tuned_model(merged: LazyModel, expected: str, checkpoints: Sequence[Pa
     for checkpoint in checkpoints:
         tuned = open_megatron(checkpoint)
         sets.append(replace(tuned.card.row_sets[0], training=tuned.card.training))
-        rows.append({name: _as(tensor, merged.tensors[name].dtype) for name, tensor in tuned.tensors.items()})
+        rows.append(tuned.tensors)
     write_row_sets(merged, expected, sets, rows, path)
     names = ", ".join([*(row_set.name for row_set in sets), UNTUNED])
     return f"saved {path}: rows {names}; all but the tuned rows is bitwise that of the merged model, digest {expected}"
-
-
-def _as(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
-    """A run in another precision than the model's ends with rows in the model's."""
-    return LazyTensor(dtype, tensor.shape, lambda: tensor.read().to(dtype))
