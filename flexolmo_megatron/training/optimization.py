@@ -1,6 +1,8 @@
 """Megatron's optimizer and schedule from a run's configuration, and its step in two halves."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -19,8 +21,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from flexolmo_megatron.config.train import TrainConfig
 
 
-def optimizer_config(config: TrainConfig, config_class: type[OptimizerConfig] = OptimizerConfig) -> OptimizerConfig:
-    """Megatron's configuration of AdamW, or another framework's subclass of it."""
+def optimizer_config(config: TrainConfig, config_class: Callable[..., Any] = OptimizerConfig) -> Any:
+    """Megatron's configuration of AdamW, or what another framework makes of its fields."""
     settings = config.optimizer
     return config_class(
         optimizer="adam",

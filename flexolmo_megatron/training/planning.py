@@ -51,8 +51,7 @@ def plan(mode: Mode, config: TrainConfig, world_size: int) -> Plan:
             f"expert.anchor_kl_coeff = {config.expert.anchor_kl_coeff} is an option of `train expert`: expected none "
             f"for `train {mode}`"
         )
-    planners = {"expert": plan_expert, "router": plan_router}
-    planned = planners[mode](config) if mode in planners else _plan_other(mode, config)
+    planned = plan_start(mode, config)
     if config.data.seq_length > planned.card.model.max_position_embeddings:
         raise FlexOlmoError(
             f"data.seq_length = {config.data.seq_length}: expected at most model.max_position_embeddings = "
@@ -70,6 +69,21 @@ def plan(mode: Mode, config: TrainConfig, world_size: int) -> Plan:
     if config.fp8.recipe is not None:
         _check_fp8(config, planned)
     return planned
+
+
+def plan_start(mode: Mode, config: TrainConfig) -> Plan:
+    """Open what a run starts from, for any launch of it.
+
+    Args:
+        mode: kind of run.
+        config: of it ``anchor``, ``merged``, ``expert`` and the names of ``data.proxies`` are used, and of a run that
+            starts from nothing ``model``, ``seed`` and ``data.train``.
+
+    Raises:
+        FlexOlmoError: that is missing or of the wrong kind, or the expert does not fit it.
+    """
+    planners = {"expert": plan_expert, "router": plan_router}
+    return planners[mode](config) if mode in planners else _plan_other(mode, config)
 
 
 def _check_fp8(config: TrainConfig, planned: Plan) -> None:

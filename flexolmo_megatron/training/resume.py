@@ -6,15 +6,20 @@ from flexolmo_megatron.config.card import ModelCard
 from flexolmo_megatron.errors import FlexOlmoError
 
 
-def check_same_card(checkpoint: Path, card: ModelCard) -> None:
+def check_same_card(checkpoint: Path, card: ModelCard, saved: ModelCard | None = None) -> None:
     """Compare a run's model with that of its checkpoint: of an owner's run also the anchor and the expert's name.
 
     Weights of one anchor's expert would fit into the pair of another, and train on without a word.
 
+    Args:
+        checkpoint: to go on with.
+        card: of the run.
+        saved: of the checkpoint, where it is not in a file there.
+
     Raises:
         FlexOlmoError: they differ; with both values.
     """
-    saved = ModelCard.load(checkpoint)
+    saved = saved or ModelCard.load(checkpoint)
     for what, before, now in (
         ("kind", saved.kind, card.kind),
         ("architecture", saved.model, card.model),

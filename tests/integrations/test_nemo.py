@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from glob import glob
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,16 @@ from flexolmo_megatron.cli import main
 from flexolmo_megatron.config.load import load_config
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.convert.model import open_model, save_model
+from flexolmo_megatron.exchange.digest import model_digest
 from flexolmo_megatron.training.freezing import ROUTER, TRAINED_BY_OWNER
 from tests.random_models import SIZES, random_model, tensors_of
+from tests.slurm.cluster import Cluster, unavailable
 from tests.training import runs
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("NEMO_PYTHON", ROOT / ".venv-nemo" / "bin" / "python"))
 INSTALLED = (PYTHON.parents[1] / ".installed").exists() or "NEMO_PYTHON" in os.environ
+pytestmark = pytest.mark.timeout(1800)  # a machine with other work: most of these are starts of NeMo
 needs_nemo = pytest.mark.skipif(not INSTALLED, reason="needs NeMo 2.7.3: make .venv-nemo/.installed")
 
 
@@ -28,7 +33,7 @@ def in_nemo(*words, cwd):
     """Run tasks of nemo_runs.py."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([str(PYTHON), str(Path(__file__).with_name("nemo_runs.py")), *map(str, words)], cwd=cwd,
-                          env=environment, capture_output=True, text=True, timeout=900)
+                          env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
@@ -75,10 +80,30 @@ def test_hugging_face_models_come_and_go_bitwise_with_the_logits_of_transformers
                                        rtol=0, atol=2e-4)
 
 
+COMMAND = """
+llm pretrain --yes
+--factory flexolmo_expert(anchor={w}/anchor,expert=own,domain_vector={w}/own.npz,paths=['{w}/own'],dir={out},name=cli)
+trainer.max_steps=6 model.config.seq_length=32 data.seq_length=32 data.micro_batch_size=2 data.global_batch_size=4
+data.num_workers=0 optim.lr_scheduler=None optim.config.lr=5e-3
+trainer.accelerator=cpu trainer.devices=1 trainer.plugins=None
+optim.config.bf16=False optim.config.use_distributed_optimizer=False
+"""
+
+
 @needs_nemo
 def test_expert_run_has_our_losses_resumes_and_is_packed(world, tmp_path):
     in_nemo("train", "expert", world, tmp_path, 3, cwd=tmp_path)
-    in_nemo("train", "expert", world, tmp_path, 6, "--", "configs", tmp_path, cwd=tmp_path)
+    # Another public row makes another anchor, into whose pair everything would fit.
+    assert main(["embed", "--anchor", f"{world}/anchor_run", f"{world}/own.jsonl", "--out", f"{tmp_path}/other.npz",
+                 "--publish", f"{world}/other"]) == 0
+    in_nemo("refused", world, tmp_path, cwd=tmp_path)
+    (saved,) = (tmp_path / "expert" / "checkpoints").glob("*-last")
+    before, now = (model_digest(open_model(world / name)) for name in ("anchor", "other"))
+    assert (tmp_path / "refused").read_text().startswith(
+        f"{saved} belongs to another run: its anchor digest is {before}, this run's is {now}; name a new folder")
+    in_nemo("train", "expert", world, tmp_path, 6, "--", "configs", tmp_path, "--", "export", tmp_path / "expert",
+            tmp_path / "pair", "--", "nemo", *COMMAND.format(w=world, out=tmp_path).split(), "--", "export",
+            tmp_path / "cli", tmp_path / "cli_pair", cwd=tmp_path)
     first, second = (json.loads((tmp_path / f"expert_{last}.json").read_text()) for last in (3, 6))
     assert main(runs.expert_options(world, tmp_path / "ours", "optimizer.lr_decay_style=constant")) == 0
     ours = [row["loss"] for row in runs.metrics(tmp_path / "ours")]
@@ -100,12 +125,12 @@ def test_expert_run_has_our_losses_resumes_and_is_packed(world, tmp_path):
     assert sizes["transformers"] == {"num_experts": 7, "num_experts_per_tok": sizes["FlexOlmoConfig7x7B"]["top_k"]}
     assert sizes["error"].startswith(f"{tmp_path}/nothing does not exist")
 
-    (last,) = (tmp_path / "expert" / "checkpoints").glob("*-last")
-    in_nemo("export", last, tmp_path / "pair", cwd=tmp_path)
-    theirs, mine = tensors_of(open_model(tmp_path / "pair")), tensors_of(open_model(tmp_path / "ours"))
-    assert theirs.keys() == mine.keys()
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(tensor, mine[name], rtol=1e-4, atol=1e-5)
+    mine = tensors_of(open_model(tmp_path / "ours"))
+    for run in ("pair", "cli_pair"):
+        theirs = tensors_of(open_model(tmp_path / run))
+        assert theirs.keys() == mine.keys()
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(tensor, mine[name], rtol=1e-4, atol=1e-5)
     assert main(["pack", f"{tmp_path}/pair", f"{tmp_path}/package"]) == 0
     assert main(["verify", f"{tmp_path}/package", "--anchor", f"{world}/anchor"]) == 0
 
@@ -136,9 +161,7 @@ def test_a_merged_model_with_biases_comes_and_goes_bitwise(world, merged, tmp_pa
      True),
 ])
 def test_anchor_and_router_runs_have_our_losses_and_are_opened(world, merged, tmp_path, kind, ours, frozen):
-    in_nemo("train", kind, world, tmp_path, 6, cwd=tmp_path)
-    (last,) = (tmp_path / kind / "checkpoints").glob("*-last")
-    in_nemo("export", last, tmp_path / "theirs", cwd=tmp_path)
+    in_nemo("train", kind, world, tmp_path, 6, "--", "export", tmp_path / kind, tmp_path / "theirs", cwd=tmp_path)
     assert main(["train", *(word.format(world=world) for word in ours), *runs.SMALL[7:], f"data.train=[{world}/public]",
                  "optimizer.lr_decay_style=constant", f"out={tmp_path}/ours"]) == 0
     report = json.loads((tmp_path / f"{kind}_6.json").read_text())
@@ -152,3 +175,52 @@ def test_anchor_and_router_runs_have_our_losses_and_are_opened(world, merged, tm
     assert theirs.keys() == mine.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(tensor, mine[name], rtol=1e-4, atol=1e-5)
+
+
+def run_example(out, *words, environment=os.environ):
+    """What examples/nemo/run.py prints."""
+    run = subprocess.run([PYTHON, "-W", "ignore", ROOT / "examples/nemo/run.py", out, *words], capture_output=True,
+                         env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                         text=True, timeout=1500)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """The folder of the example, run on this machine, and what it has printed."""
+    out = tmp_path_factory.mktemp("example") / "out"
+    return out, run_example(out)
+
+
+SAME = "exported -> NeMo -> back: the same to the last bit"
+
+
+@needs_nemo
+def test_the_example_prints_what_its_readme_shows(example):
+    *_, last = lines = example[1].splitlines()
+    assert last == SAME
+    shown = (ROOT / "examples/nemo/README.md").read_text()
+    assert all(line in shown for line in lines if line.startswith("$ flexolmo"))
+
+
+@needs_nemo
+@pytest.mark.slurm
+@pytest.mark.skipif(unavailable() is not None, reason=unavailable() or "")
+def test_the_example_as_jobs_of_two_nodes_ends_with_the_same_expert(example, tmp_path):
+    for path in [example[0] / "anchor", *example[0].glob("notes.*")]:
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    with Cluster() as cluster:
+        run_example(tmp_path, "--account", "wards", "--nodes", "2", "--gpus-per-node", "0",
+                    environment=cluster.environment)
+        jobs = cluster.client("squeue", "--noheader", "--states=all", "--format=%j %i").splitlines()
+        expert, convert = (dict(line.split() for line in jobs)[f"wards-wards.{name}"] for name in ("expert", "convert"))
+        assert cluster.show(convert)["Dependency"].startswith(f"afterok:{expert}")
+        logs = f"{tmp_path}/jobs/experiments/owner/*/*/log-*"
+        ended = cluster.wait(convert)
+        said = {Path(path).parent.name: Path(path).read_text() for path in glob(logs)}
+        assert (ended["JobState"], cluster.show(expert)["NumNodes"]) == ("COMPLETED", "2"), said
+    assert said["convert"].splitlines()[-1] == SAME
+    here, there = (tensors_of(open_model(folder / "pair")) for folder in (example[0], tmp_path))
+    for name, tensor in there.items():
+        torch.testing.assert_close(tensor, here[name], rtol=1e-4, atol=1e-5)

@@ -4,8 +4,8 @@
     llm.import_ckpt(FlexOlmoModel(), "hf:///path/to/hf_dir", output_path="nemo_dir")     # or "flexolmo:///merged"
     recipe = recipes.flexolmo_expert(anchor="anchor/", expert="notes", domain_vector="notes.npz", paths=["data/notes"])
 
-model.py: configurations, model, optimizer, data. connectors.py: Hugging Face and this package's checkpoints.
-recipes.py: also what ``nemo llm pretrain --help`` lists, through the entry point ``nemo_run.cli`` in setup.py.
+connectors.py: Hugging Face and this package's checkpoints, in and out. recipes.py: also what ``nemo llm pretrain
+--help`` lists, through the entry point ``nemo_run.cli`` in setup.py.
 Layers, key mappings and freezing are those of the rest of the package. On a machine without CUDA call
 ``flexolmo_megatron.runtime.setup.prepare()`` first.
 """
@@ -30,12 +30,11 @@ except ImportError as error:
     raise FlexOlmoError(f"nemo_toolkit {TESTED} cannot be imported ({error}); run: {_INSTALL}") from error
 
 from flexolmo_megatron.integrations.nemo import connectors, recipes  # noqa: E402, F401
-from flexolmo_megatron.integrations.nemo.model import (  # noqa: E402, F401
+from flexolmo_megatron.integrations.nemo.config import (  # noqa: E402, F401
     FlexOlmoConfig,
     FlexOlmoConfig7x7B,
     FlexOlmoConfig37B,
     FlexOlmoConfigPair,
-    FlexOlmoData,
-    FlexOlmoModel,
-    FlexOlmoOptimizer,
 )
+from flexolmo_megatron.integrations.nemo.data import FlexOlmoData  # noqa: E402, F401
+from flexolmo_megatron.integrations.nemo.model import FlexOlmoModel, FlexOlmoOptimizer  # noqa: E402, F401

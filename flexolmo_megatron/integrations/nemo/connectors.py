@@ -4,27 +4,23 @@ Both importers take whatever ``flexolmo_megatron.load_model`` takes, but no pair
 which `flexolmo pack` reads; a tuned router as well, with the rows that the merged model had before.
 """
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing import load_common_state_dict
 from nemo.lightning import MegatronStrategy, Trainer, io, teardown
-from nemo.lightning.io.pl import ckpt_to_weights_subdir
 
-from flexolmo_megatron.config.card import CARD_FILE, TUNED, ModelCard, RowSet
+from flexolmo_megatron.config.card import TUNED_MODEL
 from flexolmo_megatron.convert.huggingface import save_huggingface
 from flexolmo_megatron.convert.lazy import LazyModel
 from flexolmo_megatron.convert.megatron_writer import save_megatron
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.convert.names import expected_tensors
+from flexolmo_megatron.convert.row_sets import write_row_sets
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.exchange.digest import model_digest
-from flexolmo_megatron.integrations.nemo.model import FlexOlmoConfig, FlexOlmoModel, sizes
+from flexolmo_megatron.integrations.nemo.config import FlexOlmoConfig, sizes
+from flexolmo_megatron.integrations.nemo.model import FlexOlmoModel, saved_state
 from flexolmo_megatron.model.weights import live_model, load_weights
-from flexolmo_megatron.training.router_run import write_tuned_model
-from flexolmo_megatron.training.start import name_anchor
 
 
 @io.model_importer(FlexOlmoModel, "hf")
@@ -41,8 +37,8 @@ class Importer(io.ModelConnector[LazyModel, FlexOlmoModel]):
         trainer = self.nemo_setup(target, ckpt_async_save=False)
         source = open_model(str(self))
         load_weights(target.module, source)
+        target.card = source.card
         self.nemo_save(output_path, trainer)
-        source.card.save(Path(output_path))
         teardown(trainer, target)
         return output_path
 
@@ -69,30 +65,28 @@ class Importer(io.ModelConnector[LazyModel, FlexOlmoModel]):
 
 class _Exporter(io.ModelConnector[FlexOlmoModel, LazyModel]):
     def nemo_load(self, path: Path, trainer: Trainer | None = None, cpu: bool = True) -> tuple[FlexOlmoModel, Trainer]:
-        """NeMo's, with a strategy that does not ask for asynchronous saving, for which core 0.16 lacks a module."""
+        """NeMo's, which calls it itself before an export to Hugging Face, but without asynchronous saving."""
         strategy = MegatronStrategy(ddp="pytorch", setup_optimizers=False, ckpt_async_save=False)
         trainer = trainer or Trainer(devices=1, accelerator="cpu" if cpu else "gpu", strategy=strategy)
         return super().nemo_load(path, trainer, cpu)
 
     def read(self) -> tuple[FlexOlmoModel, Trainer, LazyModel]:
-        """Load the NeMo checkpoint; the last value views its tensors by their canonical names."""
-        model, trainer = self.nemo_load(Path(str(self)))
-        return model, trainer, live_model(model.module, self._card(model.config, model.optim.config))
+        """Load the NeMo checkpoint; the last value views its tensors by their canonical names.
 
-    def _card(self, config: FlexOlmoConfig, optimizer: Any) -> ModelCard:
-        if (Path(str(self)) / CARD_FILE).exists():  # imported, never trained
-            return ModelCard.load(Path(str(self)))
-        if config.kind == "pair":
-            options, planned = config.plan()
-            name_anchor(planned, options)
-            card = planned.card
-        else:
-            card = config.card()
-        state = load_common_state_dict(str(ckpt_to_weights_subdir(Path(str(self)), is_saving=False)))
-        samples = next((part["consumed_samples"] for part in state.values()
-                        if isinstance(part, dict) and "consumed_samples" in part), 0)
-        return replace(card, training={"steps": int(state["global_step"]), "tokens": int(samples) * config.seq_length,
-                                       "lr": optimizer.lr})
+        Raises:
+            FlexOlmoError: it was not written by this package's model.
+        """
+        state, card = saved_state(str(self))
+        model, trainer = self.nemo_load(Path(str(self)))
+        if state["global_step"]:
+            samples = next((part["consumed_samples"] for part in state.values()
+                            if isinstance(part, dict) and "consumed_samples" in part), 0)
+            card.training = {"steps": int(state["global_step"]), "tokens": int(samples) * model.config.seq_length,
+                             "lr": model.optim.config.lr}
+        model.card = card
+        # Of router tuning the whole model is live.
+        built = replace(model.config.plan()[1].built, training=card.training) if card.kind == "router" else card
+        return model, trainer, live_model(model.module, built)
 
 
 @io.model_exporter(FlexOlmoModel, "hf")
@@ -114,22 +108,13 @@ class FlexOlmoExporter(_Exporter):
     def apply(self, output_path: Path, **options: Any) -> Path:
         """Write the model; of a pair what the owner trained; of router tuning the folder of a run with its result."""
         model, trainer, lazy = self.read()
-        if model.config.proxies:
-            _save_tuned(model.config, lazy, Path(output_path))
+        card = model.card
+        if card.kind == "router":
+            rows = {name: lazy.tensors[name] for name in expected_tensors(card.model, card.kind)}
+            tuned = replace(card.row_sets[0], training=card.training)
+            write_row_sets(model.config.plan()[1].source, card.merged_digest, [tuned], [rows],
+                           Path(output_path, TUNED_MODEL))
         else:
             save_megatron(lazy, output_path)
         teardown(trainer, model)
         return output_path
-
-
-def _save_tuned(config: FlexOlmoConfig, lazy: LazyModel, path: Path) -> None:
-    source = config.plan()[1].source
-    owners = source.card.expert_names[1:]
-    rows = RowSet(TUNED, owners, [name for name in owners if name in config.proxies])
-    digest = model_digest(source)
-    card = replace(source.card, kind="router", row_sets=[rows], merged_digest=digest, training=lazy.card.training)
-    names = expected_tensors(card.model, "router")
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Path(folder, "rows")
-        save_megatron(LazyModel(card, {name: lazy.tensors[name] for name in names}), checkpoint)
-        write_tuned_model(source, digest, [checkpoint], path)

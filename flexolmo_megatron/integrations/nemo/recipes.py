@@ -1,8 +1,11 @@
 """NeMo-Run recipes with the paper's settings: ``nemo llm pretrain --factory flexolmo_expert``, or ``run.run`` them.
 
-Each returns a ``run.Partial`` of ``llm.pretrain``, any field of which may be changed, as of NeMo's own recipes.
+Each returns a ``run.Partial`` of ``llm.pretrain``, any field of which may be changed, as of NeMo's own recipes:
+``recipe.trainer.strategy.tensor_model_parallel_size = 4``.
 """
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import nemo_run as run
@@ -13,89 +16,70 @@ from nemo.collections.llm import pretrain
 from nemo.collections.llm.recipes.log.default import default_log, default_resume
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 
-from flexolmo_megatron.config.load import load_config
 from flexolmo_megatron.config.train import RouterTrainConfig, TrainConfig
-from flexolmo_megatron.integrations.nemo.model import (
-    FlexOlmoConfig,
-    FlexOlmoConfig7x7B,
-    FlexOlmoConfigPair,
-    FlexOlmoData,
-    FlexOlmoModel,
-    FlexOlmoOptimizer,
-)
-
-_PAPER = load_config(TrainConfig, preset="7b-pair", overrides=["out=.", "data.train=[.]"])
+from flexolmo_megatron.integrations.nemo.config import PAPER, FlexOlmoConfig, FlexOlmoConfig7x7B, FlexOlmoConfigPair
+from flexolmo_megatron.integrations.nemo.data import FlexOlmoData
+from flexolmo_megatron.integrations.nemo.model import FlexOlmoModel, FlexOlmoOptimizer
+from flexolmo_megatron.training.optimization import optimizer_config
 
 
 @run.cli.factory(target=pretrain, name="flexolmo_anchor")
 def flexolmo_anchor(paths: list[str] = ["data/public"], dir: str = "runs", name: str = "flexolmo_anchor",  # noqa: B006
-                    num_nodes: int = 1, num_gpus_per_node: int = 8, tensor_parallel: int = 1,
-                    pipeline_parallel: int = 1) -> run.Partial:
+                    num_nodes: int = 1, num_gpus_per_node: int = 8) -> run.Partial:
     """A new 7B anchor on public data.
 
     Args:
         paths: prefixes of .bin/.idx files from `flexolmo data`.
         dir, name: the run's checkpoints and logs go to DIR/NAME; an existing run is resumed.
         num_nodes, num_gpus_per_node: devices.
-        tensor_parallel, pipeline_parallel: devices that share each layer's matrices, and the layers.
     """
-    return _recipe(run.Config(FlexOlmoConfig), paths, {}, _PAPER, dir, name, num_nodes, num_gpus_per_node,
-                   tensor_parallel, pipeline_parallel)
+    return _recipe(run.Config(FlexOlmoConfig), paths, {}, PAPER, dir, name, num_nodes, num_gpus_per_node)
 
 
 @run.cli.factory(target=pretrain, name="flexolmo_expert")
 def flexolmo_expert(anchor: str = "anchor", expert: str = "expert", domain_vector: str = "expert.npz",
                     paths: list[str] = ["data/expert"], dir: str = "runs", name: str = "flexolmo_expert",  # noqa: B006
-                    num_nodes: int = 1, num_gpus_per_node: int = 8, tensor_parallel: int = 1,
-                    pipeline_parallel: int = 1) -> run.Partial:
+                    num_nodes: int = 1, num_gpus_per_node: int = 8) -> run.Partial:
     """An owner's run: one expert against the frozen anchor, whose sizes it takes.
 
     Args:
         anchor: the published anchor.
         expert: name of the owner's expert.
         domain_vector: from `flexolmo embed`.
-        paths, dir, name, num_nodes, num_gpus_per_node, tensor_parallel, pipeline_parallel: see ``flexolmo_anchor``.
+        paths, dir, name, num_nodes, num_gpus_per_node: see ``flexolmo_anchor``.
     """
     config = run.Config(FlexOlmoConfigPair, start_from=anchor, expert=expert, domain_vector=domain_vector)
-    return _recipe(config, paths, {}, _PAPER, dir, name, num_nodes, num_gpus_per_node, tensor_parallel,
-                   pipeline_parallel)
+    return _recipe(config, paths, {}, PAPER, dir, name, num_nodes, num_gpus_per_node)
 
 
 @run.cli.factory(target=pretrain, name="flexolmo_router")
 def flexolmo_router(merged: str = "merged", paths: list[str] = ["data/public"],  # noqa: B006
                     proxies: dict[str, list[str]] = {"expert": ["data/expert_proxies"]},  # noqa: B006
-                    dir: str = "runs", name: str = "flexolmo_router", num_nodes: int = 1, num_gpus_per_node: int = 8,
-                    tensor_parallel: int = 1, pipeline_parallel: int = 1) -> run.Partial:
+                    dir: str = "runs", name: str = "flexolmo_router", num_nodes: int = 1,
+                    num_gpus_per_node: int = 8) -> run.Partial:
     """Tuning of a merged model's router; nothing but its rows and biases trains.
 
     Args:
         merged: the merged model.
         paths: public data.
         proxies: data of each owner's proxies, by the name of the expert.
-        dir, name, num_nodes, num_gpus_per_node, tensor_parallel, pipeline_parallel: see ``flexolmo_anchor``.
+        dir, name, num_nodes, num_gpus_per_node: see ``flexolmo_anchor``.
     """
     config = run.Config(FlexOlmoConfig7x7B, start_from=merged, proxies=sorted(proxies),
                         moe_z_loss_coeff=TrainConfig.moe_z_loss_coeff)
-    settings = RouterTrainConfig(out=".", global_batch_size=_PAPER.global_batch_size,
-                                 micro_batch_size=_PAPER.micro_batch_size, train_iters=_PAPER.train_iters // 10)
-    settings.data.seq_length = _PAPER.data.seq_length
-    return _recipe(config, paths, proxies, settings, dir, name, num_nodes, num_gpus_per_node, tensor_parallel,
-                   pipeline_parallel)
+    optimizer = replace(RouterTrainConfig(out=".").optimizer, use_distributed_optimizer=True)
+    settings = replace(PAPER, optimizer=optimizer, train_iters=PAPER.train_iters // 10)
+    return _recipe(config, paths, proxies, settings, dir, name, num_nodes, num_gpus_per_node)
 
 
 def _recipe(config: run.Config, paths: list[str], proxies: dict[str, Any], settings: TrainConfig, dir: str, name: str,
-            num_nodes: int, num_gpus_per_node: int, tensor_parallel: int, pipeline_parallel: int) -> run.Partial:
+            num_nodes: int, num_gpus_per_node: int) -> run.Partial:
     chosen, length = settings.optimizer, settings.data.seq_length
     config.seq_length = length
-    optimizer = run.Config(
-        OptimizerConfig, optimizer="adam", lr=chosen.lr, min_lr=chosen.min_lr, weight_decay=chosen.weight_decay,
-        adam_beta1=chosen.adam_beta1, adam_beta2=chosen.adam_beta2, adam_eps=chosen.adam_eps,
-        clip_grad=chosen.clip_grad, bf16=True, use_distributed_optimizer=True)
+    optimizer = optimizer_config(settings, partial(run.Config, OptimizerConfig))
     schedule = run.Config(CosineAnnealingScheduler, warmup_steps=chosen.lr_warmup_iters, min_lr=chosen.min_lr)
     strategy = run.Config(
-        nl.MegatronStrategy, tensor_model_parallel_size=tensor_parallel, sequence_parallel=tensor_parallel > 1,
-        pipeline_model_parallel_size=pipeline_parallel,
-        ckpt_async_save=False,  # NeMo's needs a module that core 0.16 no longer has
+        nl.MegatronStrategy, ckpt_async_save=False,  # NeMo's needs a module that core 0.16 no longer has
         ddp=run.Config(DistributedDataParallelConfig, grad_reduce_in_fp32=True))
     trainer = run.Config(
         nl.Trainer, accelerator="gpu", devices=num_gpus_per_node, num_nodes=num_nodes, strategy=strategy,
