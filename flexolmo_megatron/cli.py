@@ -1,6 +1,7 @@
 """``flexolmo VERB …``: parses arguments, calls library functions, turns errors into one sentence and a status."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             args.overrides += rest
         args.run(args)
+        sys.stdout.flush()
     except FlexOlmoError as error:
         print(f"flexolmo: {error}", file=sys.stderr)
         return 2
@@ -48,11 +50,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("flexolmo: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our output (head, less) has gone; without this, Python complains again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        _discard_output()
         return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename:
+            raise
+        _discard_output()
+        print(f"flexolmo: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _discard_output() -> None:
+    """Send what is left in the buffer nowhere: Python would complain again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -138,18 +138,23 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
     except OSError as error:
         raise _as_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone already; or on a read-only disk, which even then refuses to remove it
+            temporary.unlink()
 
 
 def check_free(directory: str | os.PathLike) -> None:
     """Check that results can go into ``directory``: before long work, and not only after it.
 
     Raises:
-        FlexOlmoError: it is a file, or a folder that is not empty.
+        FlexOlmoError: it is a file, a folder that is not empty, or in a folder that cannot be written.
     """
     path = Path(directory)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FlexOlmoError(f"{path} already exists; name a new directory or remove it first")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise FlexOlmoError(f"cannot write {path}: {parent} is not a folder that can be written; nothing was changed "
+                            "there")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The command line as a whole: every verb explains itself, errors are one sentence, and imports stay light."""
 
+import os
 import subprocess
 import sys
 
@@ -68,6 +69,15 @@ def test_exit_status_of_the_process():
     result = run("inspect", "/nowhere")
     assert result.returncode == 2
     assert "Traceback" not in result.stderr and result.stdout == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_under_the_output_is_one_sentence():
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, "-m", "flexolmo_megatron.cli", "mix"], stdout=full,
+                                stderr=subprocess.PIPE, text=True, timeout=120)
+    assert result.returncode == 2
+    assert result.stderr == "flexolmo: cannot write the output: No space left on device\n"
 
 
 def test_unknown_words_are_refused(capsys):

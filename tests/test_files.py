@@ -1,16 +1,18 @@
 """Writes that are seen whole or not at all, and what a killed writer leaves behind."""
 
+import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.files import atomic_directory, atomic_file, read_json, write_json
+from flexolmo_megatron.files import atomic_directory, atomic_file, check_free, read_json, write_json
 
 HOST = socket.gethostname()
 
@@ -108,6 +110,26 @@ def test_a_swept_link_is_not_followed(tmp_path, dead):
 def test_a_missing_folder_is_one_sentence(tmp_path):
     with pytest.raises(FlexOlmoError, match="cannot write .*/nowhere/x: No such file or directory; nothing was"):
         write_json(tmp_path / "nowhere" / "x", 1)
+
+
+def test_a_read_only_disk_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(*_, **__):  # such a disk refuses to remove even what is not there
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(FlexOlmoError, match="cannot write .*/x: Read-only file system; nothing was changed"):
+        write_json(tmp_path / "x", 1)
+
+
+def test_results_need_a_folder_that_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(FlexOlmoError, match="cannot write .*/file/a/b: .*/file is not a folder that can be written"):
+        check_free(tmp_path / "file" / "a" / "b")
+    check_free(tmp_path / "a" / "b")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(FlexOlmoError, match="cannot write .*/a/b: .* is not a folder that can be written"):
+        check_free(tmp_path / "a" / "b")
 
 
 @pytest.mark.parametrize(("content", "reason"), [
