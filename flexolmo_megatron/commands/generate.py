@@ -74,7 +74,10 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt is not None:
         return args.prompt
     if args.prompts_file is None:
-        return parse_prompts(sys.stdin, False, "standard input")
+        try:
+            return parse_prompts(sys.stdin, False, "standard input")
+        except UnicodeDecodeError as error:
+            raise FlexOlmoError(f"standard input cannot be read as text: {error}") from error
     try:
         with open(args.prompts_file, encoding="utf-8") as file:
             return parse_prompts(file, args.prompts_file.suffix == ".jsonl", str(args.prompts_file))

@@ -17,10 +17,14 @@ from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.inference.access import Experts, allowed_experts, named, only_allowed, using_rows
 from flexolmo_megatron.inference.attribution import RoutingWeights
 from flexolmo_megatron.inference.fixed_order import fixed_order
+from flexolmo_megatron.untrusted import shown
 
 if TYPE_CHECKING:
     from flexolmo_megatron.inference.model import Model
     from flexolmo_megatron.training.tokenizer import Tokenizer
+
+_SEEDS = 2**32
+"""Each prompt's seed follows from that of the sampling, and must stay below torch's limit of 2**64."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class Sampling:
             raise FlexOlmoError(f"top_k = {self.top_k}: expected 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise FlexOlmoError(f"top_p = {self.top_p}: expected a probability above 0, at most 1")
-        if self.seed < 0:
-            raise FlexOlmoError(f"seed = {self.seed}: expected 0 or more")
+        if not 0 <= self.seed < _SEEDS:
+            raise FlexOlmoError(f"seed = {self.seed}: expected 0 to {_SEEDS - 1}")
 
 
 @dataclass
@@ -213,6 +217,10 @@ def _encode(model: "Model", prompts: Sequence[str], max_new_tokens: int) -> list
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise FlexOlmoError(f"prompts[{index}] = {prompt!r}: expected a text")
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:  # an undecodable argument, or JSON, brought half a surrogate pair
+            raise FlexOlmoError(f"prompts[{index}] = {shown(prompt)}: expected text that UTF-8 can hold") from None
         # A document follows the end of another one, so that token starts an empty prompt.
         tokens = model.tokenizer.encode(prompt) or [model.tokenizer.eod]
         if len(tokens) + max_new_tokens > longest:

@@ -64,6 +64,12 @@ def test_prompts_from_standard_input(merged_path, monkeypatch, capsys):
     assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["one", "two"]
 
 
+def test_standard_input_must_be_text(merged_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\n\xff\n"), encoding="utf-8"))
+    with pytest.raises(FlexOlmoError, match="standard input cannot be read as text: .* can't decode byte 0xff"):
+        call(merged_path)
+
+
 def test_a_dense_model(dense_path, capsys):
     call(dense_path, "--prompt", "a", "--max-new-tokens", 3)
     assert "routing weight" not in capsys.readouterr().out

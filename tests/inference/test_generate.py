@@ -167,7 +167,8 @@ def test_progress_counts_tokens(model):
     (dict(top_k=-1), "top_k = -1: expected 0 (all tokens) or more"),
     (dict(top_p=0.0), "top_p = 0.0: expected a probability above 0, at most 1"),
     (dict(top_p=1.5), "top_p = 1.5: expected a probability above 0, at most 1"),
-    (dict(seed=-1), "seed = -1: expected 0 or more"),
+    (dict(seed=-1), "seed = -1: expected 0 to 4294967295"),
+    (dict(seed=2**64), "seed = 18446744073709551616: expected 0 to 4294967295"),
     (dict(max_new_tokens=2.5), "max_new_tokens = 2.5: expected a whole number"),
     (dict(max_new_tokens=None), "max_new_tokens = None: expected a whole number"),
     (dict(temperature="hot"), "temperature = 'hot': expected a number"),
@@ -188,6 +189,8 @@ def test_prompts_must_be_texts(model):
         model.generate(None)
     with pytest.raises(FlexOlmoError, match=re.escape("prompts[1] = 3: expected a text")):
         model.generate(["a", 3], max_new_tokens=5)
+    with pytest.raises(FlexOlmoError, match=re.escape("prompts[0] = 'a\\udcff': expected text that UTF-8 can hold")):
+        model.generate("a\udcff", max_new_tokens=5)
 
 
 def test_no_prompts_give_no_answers(model):
