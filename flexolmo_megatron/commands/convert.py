@@ -87,10 +87,10 @@ def run_export(args: argparse.Namespace) -> None:
         model = select_experts(model, args.experts, args.rows)
     elif args.exclude is not None or args.rows != "strict":
         model = exclude_experts(model, args.exclude or [], args.rows)
-    if args.drop_bias and model.card.model.router_bias:
-        print(f"learned router bias left out: {describe_bias(model)}", file=sys.stderr)
     with byte_progress(total_bytes(model), "export") as add:
         save_model(watch(model, add), args.out, "hf", args.drop_bias, args.max_shard_size)
+    if model.card.model.router_bias:
+        print(f"learned router bias left out: {describe_bias(model)}", file=sys.stderr)
     print(f"{args.out}: {_describe(model)}")
 
 

@@ -218,10 +218,11 @@ class TrainConfig:
                 f"data.public: expected both or "
                 "neither, and a share from 0 to below 1"
             )
-        if self.expert.domain_loss_coeff < 0 or (self.expert.domain_loss_coeff > 0 and not self.data.public):
+        coefficient = self.expert.domain_loss_coeff
+        if not 0 <= coefficient < math.inf or (coefficient and not self.data.public):
             raise FlexOlmoError(
-                f"expert.domain_loss_coeff = {self.expert.domain_loss_coeff}: expected 0 or more, and data.public "
-                f"where it is above 0"
+                f"expert.domain_loss_coeff = {coefficient}: expected a number of 0 or more, and data.public where it "
+                f"is above 0"
             )
         if not 0 < self.expert.domain_margin < math.inf:
             raise FlexOlmoError(f"expert.domain_margin = {self.expert.domain_margin}: expected a number above 0")
@@ -250,7 +251,8 @@ class TrainConfig:
                   "max_skipped_steps", "distributed_timeout_minutes", "data.seq_length", "stop_after")
         ranges = {
             "at least 1": (counts, lambda value: value >= 1),
-            "0 or more": (("eval_interval", "save_interval", "seed"), lambda value: value >= 0),
+            "0 or more": (("eval_interval", "save_interval"), lambda value: value >= 0),
+            f"0 to {2**32 - 1}": (("seed",), lambda value: 0 <= value < 2**32),  # numpy's seeds, of Megatron's samples
             "a finite number above 0": (
                 ("optimizer.lr", "optimizer.router_lr", "optimizer.adam_eps"),
                 lambda value: 0 < value < math.inf,

@@ -24,7 +24,8 @@ def check_folder(run: Path, mode: Mode, config: TrainConfig) -> None:
     if run.exists() and not mark.is_file():
         # A first start that fails leaves indices of the data at most; one that is killed, perhaps a half-written mark.
         if not run.is_dir() or any(path.name != "cache" and path.name[:6] != ".mode." for path in run.iterdir()):
-            raise FlexOlmoError(f"out = {run} is a folder with other things in it; name a new folder")
+            what = "a folder with other things in it" if run.is_dir() else "a file"
+            raise FlexOlmoError(f"out = {run} is {what}; name a new folder")
     elif mark.is_file() and mark.read_text().strip() != mode:
         raise FlexOlmoError(
             f"out = {run} holds a run of `train {mark.read_text().strip()}`, not of `train {mode}`; name a new folder"

@@ -40,6 +40,9 @@ def test_export_asks_before_it_drops_a_bias(tmp_path, capsys):
         command("export", tmp_path / "megatron", tmp_path / "hf")
     command("export", tmp_path / "megatron", tmp_path / "hf", "--drop-bias")
     assert "learned router bias left out: dropping it raises the routing logit of" in capsys.readouterr().err
+    with pytest.raises(FlexOlmoError, match="hf already exists"):
+        command("export", tmp_path / "megatron", tmp_path / "hf", "--drop-bias")
+    assert capsys.readouterr().err == ""
 
 
 def test_only_a_hugging_face_directory_is_imported(tmp_path):

@@ -97,8 +97,9 @@ def test_the_domain_loss_reaches_the_row_and_the_bias_alone(world):
         (["data.public_share=0.5"], "data.public_share = 0.5 with 0 entries in data.public: expected both or neither"),
         (
             ["expert.domain_loss_coeff=1"],
-            "expert.domain_loss_coeff = 1.0: expected 0 or more, and data.public where it is above 0",
+            "expert.domain_loss_coeff = 1.0: expected a number of 0 or more, and data.public where it is above 0",
         ),
+        (["expert.domain_loss_coeff=.nan"], "expert.domain_loss_coeff = nan: expected a number of 0 or more"),
         (["expert.routing_noise=-1"], "expert.routing_noise = -1.0: expected a number of 0 or more"),
         (["expert.domain_margin=0"], "expert.domain_margin = 0.0: expected a number above 0"),
     ],

@@ -96,6 +96,8 @@ def test_a_run_of_another_kind_and_a_foreign_folder_are_refused(world, expert_op
     (tmp_path / "notes.txt").write_text("mine")
     assert main(expert_options(tmp_path)) == 2
     assert "is a folder with other things in it" in capsys.readouterr().err
+    assert main(expert_options(tmp_path / "notes.txt")) == 2
+    assert "notes.txt is a file; name a new folder" in capsys.readouterr().err
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
