@@ -215,11 +215,11 @@ def test_the_example_as_jobs_of_two_nodes_ends_with_the_same_expert(example, tmp
                     environment=cluster.environment)
         jobs = cluster.client("squeue", "--noheader", "--states=all", "--format=%j %i").splitlines()
         expert, convert = (dict(line.split() for line in jobs)[f"wards-wards.{name}"] for name in ("expert", "convert"))
-        assert cluster.show(convert)["Dependency"].startswith(f"afterok:{expert}")
         logs = f"{tmp_path}/jobs/experiments/owner/*/*/log-*"
-        ended = cluster.wait(convert)
+        after, before = cluster.wait(convert, 1500), cluster.show(expert)
         said = {Path(path).parent.name: Path(path).read_text() for path in glob(logs)}
-        assert (ended["JobState"], cluster.show(expert)["NumNodes"]) == ("COMPLETED", "2"), said
+        assert (before["JobState"], before["NumNodes"], after["JobState"]) == ("COMPLETED", "2", "COMPLETED"), said
+        assert before["EndTime"] <= after["StartTime"]
     assert said["convert"].splitlines()[-1] == SAME
     here, there = (tensors_of(open_model(folder / "pair")) for folder in (example[0], tmp_path))
     for name, tensor in there.items():
