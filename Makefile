@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Python compiles what it imports; of an environment's modules, that is a small part.
+INSTALL := -m pip install --quiet --no-compile
 
 # Frameworks whose pins conflict with those of .venv: each has an environment .venv-NAME of its own, requirements-NAME.txt,
 # and packages that are installed without what they ask for.
@@ -28,17 +30,17 @@ $(VENV): $(VENV)/.installed
 
 $(VENV)/.installed: setup.py requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python $(INSTALL) --upgrade pip
+	$(BIN)/python $(INSTALL) --requirement requirements.txt
+	$(BIN)/python $(INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
 
 .venv-%/.installed: setup.py requirements-%.txt
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --upgrade pip
-	.venv-$*/bin/python -m pip install --quiet --requirement requirements-$*.txt
-	.venv-$*/bin/python -m pip install --quiet --no-deps $(ALONE_$*)
-	.venv-$*/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	.venv-$*/bin/python $(INSTALL) --upgrade pip
+	.venv-$*/bin/python $(INSTALL) --requirement requirements-$*.txt
+	.venv-$*/bin/python $(INSTALL) --no-deps $(ALONE_$*)
+	.venv-$*/bin/python $(INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
 
 clean:
