@@ -265,8 +265,9 @@ def test_the_third_crash_in_a_row_without_progress_is_the_last(saved, tmp_path):
     script = saved("experts")
     for saves in ("", "", "step_00000010", "", "", ""):
         assert "FAILED" not in (log_of(tmp_path) if (tmp_path / "out" / "launch.log").exists() else "")
-        run_script(script, tmp_path, STATUS="1", SAVES=saves, **ARRAY)
+        run_script(script, tmp_path, STATUS="1", SAVES=saves, LOGS=f"echo $MASTER_PORT >>{tmp_path}/ports", **ARRAY)
     assert (tmp_path / "requeued").read_text().count("\n") == 5
+    assert (tmp_path / "ports").read_text().split() == ["25017", "26026", "27035"] * 2
     *_, third, last = log_of(tmp_path).splitlines()
     assert "the third crash in a row without a new checkpoint" in third and "FAILED in train with exit" in last
 

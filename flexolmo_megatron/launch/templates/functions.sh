@@ -163,13 +163,15 @@ newest() {
 # training could listen to it. Anything else is a crash, and worth another try: the third in a row that has saved
 # nothing is the last.
 train() {
-    local first last status why crashes="$logs/crashes.$job"
+    local first last status why crashed crashes="$logs/crashes.$job"
     enough_time train
     first=$(newest)
     mark train
     export MASTER_ADDR MASTER_PORT
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    MASTER_PORT=$((15000 + SLURM_JOB_ID % 15000)) # its own for every job, below the ports that systems hand out
+    # Its own for every job, below the ports that systems hand out; another one after a crash: it may have been taken.
+    crashed=$(cat "$crashes" 2>/dev/null | wc -l)
+    MASTER_PORT=$((15000 + (SLURM_JOB_ID + 1009 * crashed) % 15000))
     # Processes save together, however long it takes, and then end together. The first to end gives the others a minute:
     # if they are not about to end too, they wait for it in vain.
     srun --wait=60 --output="$logs/train.rank_%t.log" "${srun_options[@]}" \
