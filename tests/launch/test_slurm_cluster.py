@@ -1,4 +1,4 @@
-"""`flexolmo launch` on a real Slurm of two nodes: three experts at once and their merge, interruptions, a failure."""
+"""`flexolmo launch` on a real Slurm of two nodes: experts, merge and router, interruptions, a failure."""
 
 import json
 import subprocess
@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from flexolmo_megatron.convert.model import open_model
+from flexolmo_megatron.convert.rows import untuned
 from flexolmo_megatron.exchange.digest import model_digest
 from tests.slurm.cluster import Cluster, unavailable, wait_for
 from tests.training.runs import SMALL, metrics, write_documents
@@ -46,7 +47,7 @@ def launch_yaml(path: Path, out: Path, experts: dict, **sections) -> Path:
             for name, other in experts.items()}
     OmegaConf.save(OmegaConf.create({
         "out": str(out),
-        "slurm": {"nodes": 2, "time": "00:10:00", "warn_seconds": 60, "python": sys.executable,
+        "slurm": {"nodes": 2, "time": "00:50:00", "warn_seconds": 60, "python": sys.executable,
                   "setup": [f"export OMP_NUM_THREADS=1 PYTHONPATH={ROOT}"]},
         "experts": {"options": options, "each": each},
         **sections,
@@ -83,7 +84,9 @@ def whole(cluster, world) -> Path:
         world / "whole.yaml", out, {"code": {}, "sums": {}, "notes": {"owner": "Ward 7"}},
         anchor={"documents": [f"{world}/public.jsonl"], "options": [*SMALL, f"data.train=[{world}/public]"]},
         merge={"domains": {"code": [f"{world}/code.jsonl"], "sums": [f"{world}/sums.jsonl"]},
-               "eval_arguments": ["--max-bytes", "500"]})
+               "eval_arguments": ["--max-bytes", "500"]},
+        router={"options": [*SMALL[7:], "optimizer.lr_warmup_iters=0", f"data.train=[{world}/public]",
+                            *(f"data.proxies.{name}=[{world}/{name}]" for name in ("code", "sums", "notes"))]})
     result = launch(cluster, path)
     assert result.returncode == 0, result.stderr
     assert f"what happens is in {out}/launch.log" in result.stdout
@@ -91,7 +94,7 @@ def whole(cluster, world) -> Path:
     assert again.returncode == 2 and "of an earlier launch into the same folder is still" in again.stderr
     jobs = numbers(out)
     assert cluster.show(jobs["merge"])["Dependency"].startswith(f"afterok:{jobs['experts']}_*")
-    for stage in ("anchor", "experts", "merge"):
+    for stage in ("anchor", "experts", "merge", "router"):
         cluster.wait(jobs[stage])
     return out
 
@@ -125,18 +128,24 @@ def wait_for_steps(out: Path, name: str, steps: int = 10) -> None:
 def test_everything_from_the_anchor_to_the_evaluation(whole, cluster):
     jobs = numbers(whole)
     tasks = [cluster.show(f"{jobs['experts']}_{index}") for index in range(3)]
-    for job in (cluster.show(jobs["anchor"]), *tasks, cluster.show(jobs["merge"])):
+    merge, router = cluster.show(jobs["merge"]), cluster.show(jobs["router"])
+    for job in (cluster.show(jobs["anchor"]), *tasks, merge, router):
         assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), logs(whole)
-    assert all(task["NumNodes"] == "2" for task in tasks)
-    # The tasks of the array ran at the same time, after the anchor and before the merge.
+    assert all(job["NumNodes"] == "2" for job in (*tasks, router))
+    # The tasks of the array ran at the same time, after the anchor and before the merge, and the router's job last.
     assert max(task["StartTime"] for task in tasks) < min(task["EndTime"] for task in tasks)
     assert cluster.show(jobs["anchor"])["EndTime"] <= min(task["StartTime"] for task in tasks)
-    assert max(task["EndTime"] for task in tasks) <= cluster.show(jobs["merge"])["StartTime"]
+    assert max(task["EndTime"] for task in tasks) <= merge["StartTime"]
+    assert merge["EndTime"] <= router["StartTime"]
     merged = open_model(whole / "merged")
     assert merged.card.expert_names == ["public", "code", "sums", "notes"]
     assert merged.card.anchor_digest == model_digest(open_model(whole / "anchor"))
-    results = json.loads((whole / "evaluation" / "results.json").read_text())["bits_per_byte"]
-    assert set(results) == {"public", "merged", "without code", "without sums", "without notes"}
+    tuned = open_model(whole / "router" / "model")
+    assert model_digest(untuned(tuned)) == model_digest(merged) != model_digest(tuned)
+    without = {"without code", "without sums", "without notes"}
+    for folder, models in (("evaluation", {"merged"}), ("evaluation_tuned", {"merged", "tuned"})):
+        results = json.loads((whole / folder / "results.json").read_text())["bits_per_byte"]
+        assert set(results) == {"public", *models, *without}
     manifest = json.loads((whole / "experts" / "notes" / "package" / "manifest.json").read_text())
     assert manifest["owner"] == "Ward 7"
 
@@ -150,7 +159,8 @@ def test_every_rank_has_a_log_and_every_job_a_line(whole):
     jobs = numbers(whole)
     assert lines[1].endswith(f"experts: submitted as job {jobs['experts']}, experts code, sums, notes, after job "
                              f"{jobs['anchor']}")
-    ends = {jobs["anchor"]: "published in", f"{jobs['experts']}_2": "packed in", jobs["merge"]: "merged in"}
+    ends = {jobs["anchor"]: "published in", f"{jobs['experts']}_2": "packed in", jobs["merge"]: "merged in",
+            jobs["router"]: "tuned in"}
     for job, end in ends.items():
         assert any(f"(job {job}): {end} {whole}" in line for line in lines)
 

@@ -26,7 +26,7 @@ SlurmUser=root
 SlurmdUser=root
 SlurmctldPort={port}
 # A job's processes meet at a port that follows from its number: clusters of tests that run side by side must differ.
-FirstJobId={first_job}
+FirstJobId={port}
 AuthType=auth/munge
 CryptoType=crypto/munge
 # A requeued job waits until its old credential has expired.
@@ -133,9 +133,8 @@ class Cluster:
         port, *node_ports = free_ports(1 + len(NODES))
         nodes = "\n".join(f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs={self.cpus} "
                           "RealMemory=1000 State=UNKNOWN" for node, node_port in zip(NODES, node_ports, strict=True))
-        first_job = 1 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
         (self.root / "slurm.conf").write_text(CONFIGURATION.format(
-            root=self.root, host=host, port=port, nodes=nodes, grace=self.grace, first_job=first_job))
+            root=self.root, host=host, port=port, nodes=nodes, grace=self.grace))
 
     def _start(self) -> None:
         munge = self.root / "munge"
@@ -185,7 +184,7 @@ class Cluster:
         text = self.client("scontrol", "--oneliner", "show", "job", str(job))
         return dict(word.split("=", 1) for word in text.splitlines()[0].split() if "=" in word)
 
-    def wait(self, job: str | int, timeout: float = 600) -> dict[str, str]:
+    def wait(self, job: str | int, timeout: float = 1500) -> dict[str, str]:
         """Wait until a job has ended for good, and return what Slurm then knows about it."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
         wait_for(f"end of job {job}", lambda: self.show(job)["JobState"] in ended, timeout)
