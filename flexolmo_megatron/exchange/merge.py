@@ -217,10 +217,15 @@ def _anchor_check(base: LazyModel, packages: Sequence[Package]) -> Iterator[Call
 
 
 def _save(model: LazyModel, staging: Path, out: Path, format: str, drop_bias: bool) -> None:
+    # Inside of the staging folder, so that the next merge sweeps what a killed one left of this, too.
+    folder = staging / "model"
     try:
-        save_model(model, staging, format=format, drop_bias=drop_bias)
+        save_model(model, folder, format=format, drop_bias=drop_bias)
     except FlexOlmoError as error:
-        raise FlexOlmoError(str(error).replace(str(staging), str(out))) from error
+        raise FlexOlmoError(str(error).replace(str(folder), str(out))) from error
+    for path in folder.iterdir():
+        path.rename(staging / path.name)
+    folder.rmdir()
 
 
 def _chosen_top_k(card: ModelCard) -> int | None:

@@ -322,3 +322,4 @@ def test_kill_leaves_no_destination(start_writer, tmp_path):
     assert not (tmp_path / "new" / "out").exists()
     report = write_merged(open_model(tmp_path / "anchor"), [tmp_path / "package_a"], tmp_path / "new" / "out")
     assert report.card.expert_names == ["public", "a"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]  # what the killed process left is gone
