@@ -65,5 +65,6 @@ def couple(anchor: LazyModel, pair: LazyModel) -> LazyModel:
             tensors[name] = _joined(LazyTensor(torch.float32, (1,), lambda: torch.zeros(1)), tensor)
         else:
             tensors[name] = padded(tensor, anchor.tensors[name.replace(".experts.1.", ".experts.0.")].shape)
-    card = replace(pair.card, kind="moe", model=config, anchor_path=None)
+    # The pair's card knows the anchor's tokenizer where it was in training; the anchor may have moved with it since.
+    card = replace(pair.card, kind="moe", model=config, tokenizer=anchor.card.tokenizer, anchor_path=None)
     return LazyModel(card, {name: tensors[name] for name in expected_tensors(config, "moe")})

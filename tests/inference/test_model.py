@@ -146,11 +146,13 @@ def test_a_pair_is_the_merged_model_of_its_package(pair, tmp_path):
 
 
 def test_a_moved_anchor_can_be_named(pair, tmp_path):
-    save_model(pair, tmp_path / "pair", "megatron")
+    gone = {"type": "huggingface", "path": str(tmp_path / "anchor")}  # its tokenizer was in its folder
+    save_model(replace(pair, card=replace(pair.card, tokenizer=gone)), tmp_path / "pair", "megatron")
     shutil.move(tmp_path / "anchor", tmp_path / "moved")
     with pytest.raises(FlexOlmoError, match="a pair needs the anchor that it was trained .*anchor does not exist"):
         load_model(tmp_path / "pair")
-    assert load_model(tmp_path / "pair", anchor=tmp_path / "moved").expert_names == ["public", "code"]
+    model = load_model(tmp_path / "pair", anchor=tmp_path / "moved")
+    assert model.expert_names == ["public", "code"] and model.tokenizer.spec == {"type": "byte"}
 
 
 def test_another_anchor_is_refused(pair, tmp_path):
