@@ -76,10 +76,15 @@ def nemo(*words):
 
 def refused(world, folder):
     """Go on with the owner's run, with another anchor."""
+    Path(folder, "refused").write_text(refusal(lambda: train("expert", world, folder, 6, "other")))
+
+
+def refusal(call):
+    """What ``call`` says when it refuses."""
     try:
-        train("expert", world, folder, 6, "other")
+        call()
     except FlexOlmoError as error:
-        Path(folder, "refused").write_text(str(error))
+        return str(error)
 
 
 def convert(folder):
@@ -107,7 +112,16 @@ def load(source, out):
     llm.import_ckpt(FlexOlmoModel(), f"flexolmo://{source}", output_path=Path(out))
 
 
-def configs(out):
+def foreign(checkpoint, out):
+    """Export a NeMo checkpoint that another model wrote: of ours without its card."""
+    path = Path(checkpoint, "weights", "common.pt")
+    common = torch.load(path, weights_only=False)
+    del common["flexolmo_card"]
+    torch.save(common, path)
+    Path(out).write_text(refusal(lambda: export(checkpoint, "nowhere")))
+
+
+def configs(world, out):
     """Sizes of the variants, and what refuses."""
     found = {}
     for made in (FlexOlmoConfig(), FlexOlmoConfigPair(), FlexOlmoConfig7x7B(), FlexOlmoConfig37B()):
@@ -115,10 +129,10 @@ def configs(out):
     from transformers import FlexOlmoConfig as Transformers
 
     found["transformers"] = {name: getattr(Transformers(), name) for name in ("num_experts", "num_experts_per_tok")}
-    try:
-        FlexOlmoConfig(kind="moe", start_from=f"{out}/nothing")
-    except FlexOlmoError as error:
-        found["error"] = str(error)
+    upcycled = FlexOlmoConfig(kind="moe", num_moe_experts=3, start_from=f"{world}/anchor_run")
+    found["upcycled"] = vars(upcycled.model_config())
+    found["missing"] = refusal(lambda: FlexOlmoConfig(kind="moe", start_from=f"{out}/nothing"))
+    found["without"] = refusal(lambda: FlexOlmoConfigPair().fill_and_freeze(None))
     Path(out, "configs.json").write_text(json.dumps(found))
 
 

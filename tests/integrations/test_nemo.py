@@ -96,14 +96,14 @@ def test_expert_run_has_our_losses_resumes_and_is_packed(world, tmp_path):
     # Another public row makes another anchor, into whose pair everything would fit.
     assert main(["embed", "--anchor", f"{world}/anchor_run", f"{world}/own.jsonl", "--out", f"{tmp_path}/other.npz",
                  "--publish", f"{world}/other"]) == 0
-    in_nemo("refused", world, tmp_path, cwd=tmp_path)
     (saved,) = (tmp_path / "expert" / "checkpoints").glob("*-last")
+    in_nemo("refused", world, tmp_path, "--", "train", "expert", world, tmp_path, 6, "--", "configs", world, tmp_path,
+            "--", "export", tmp_path / "expert", tmp_path / "pair",
+            "--", "nemo", *COMMAND.format(w=world, out=tmp_path).split(),
+            "--", "export", tmp_path / "cli", tmp_path / "cli_pair", cwd=tmp_path)
     before, now = (model_digest(open_model(world / name)) for name in ("anchor", "other"))
     assert (tmp_path / "refused").read_text().startswith(
         f"{saved} belongs to another run: its anchor digest is {before}, this run's is {now}; name a new folder")
-    in_nemo("train", "expert", world, tmp_path, 6, "--", "configs", tmp_path, "--", "export", tmp_path / "expert",
-            tmp_path / "pair", "--", "nemo", *COMMAND.format(w=world, out=tmp_path).split(), "--", "export",
-            tmp_path / "cli", tmp_path / "cli_pair", cwd=tmp_path)
     first, second = (json.loads((tmp_path / f"expert_{last}.json").read_text()) for last in (3, 6))
     assert main(runs.expert_options(world, tmp_path / "ours", "optimizer.lr_decay_style=constant")) == 0
     ours = [row["loss"] for row in runs.metrics(tmp_path / "ours")]
@@ -123,7 +123,10 @@ def test_expert_run_has_our_losses_resumes_and_is_packed(world, tmp_path):
         assert sizes[name]["num_experts"] == experts
         assert sizes[name]["ffn_hidden_size"] == model.ffn_hidden_size
     assert sizes["transformers"] == {"num_experts": 7, "num_experts_per_tok": sizes["FlexOlmoConfig7x7B"]["top_k"]}
-    assert sizes["error"].startswith(f"{tmp_path}/nothing does not exist")
+    assert (sizes["upcycled"]["num_experts"], sizes["upcycled"]["top_k"]) == (3, 2)
+    assert sizes["upcycled"]["hidden_size"] == open_model(world / "anchor").card.model.hidden_size
+    assert sizes["missing"].startswith(f"{tmp_path}/nothing does not exist")
+    assert sizes["without"].startswith("start_from has no value: expected the published anchor")
 
     mine = tensors_of(open_model(tmp_path / "ours"))
     for run in ("pair", "cli_pair"):
@@ -146,7 +149,9 @@ def merged(world):
 @needs_nemo
 def test_a_merged_model_with_biases_comes_and_goes_bitwise(world, merged, tmp_path):
     in_nemo("load", f"{world}/merged", tmp_path / "nemo", "--", "export", tmp_path / "nemo", tmp_path / "back",
-            cwd=tmp_path)
+            "--", "foreign", tmp_path / "nemo", tmp_path / "refused", cwd=tmp_path)
+    assert (tmp_path / "refused").read_text() == (
+        f"{tmp_path}/nemo has no flexolmo_card: expected a NeMo checkpoint of a FlexOlmoModel")
     before, after = open_model(f"{world}/merged"), open_model(tmp_path / "back")
     assert after.card == before.card and before.card.model.router_bias
     before, after = tensors_of(before), tensors_of(after)
