@@ -53,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         _discard_output()
         return 141
+    except PermissionError as error:  # pathlib raises it where a file in a closed folder is only asked for
+        print(f"flexolmo: {error.filename}: permission denied; expected something that this user may use",
+              file=sys.stderr)
+        return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename:
             raise

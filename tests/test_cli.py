@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +79,17 @@ def test_a_full_disk_under_the_output_is_one_sentence():
                                 stderr=subprocess.PIPE, text=True, timeout=120)
     assert result.returncode == 2
     assert result.stderr == "flexolmo: cannot write the output: No space left on device\n"
+
+
+def test_a_closed_folder_is_one_sentence(monkeypatch, capsys):
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", refuse)  # root may look everywhere
+    assert cli.main(["plot", "closed/run"]) == 2
+    assert capsys.readouterr().err == (
+        "flexolmo: closed/run: permission denied; expected something that this user may use\n"
+    )
 
 
 def test_unknown_words_are_refused(capsys):
