@@ -84,7 +84,7 @@ class Launcher:
 
     def close(self) -> None:
         self._process.stdin.close()
-        self._process.wait(10)
+        self._process.wait(60)  # a busy machine
 
     def _ask(self, **request: Any) -> Any:
         self._process.stdin.write(json.dumps(request) + "\n")
