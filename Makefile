@@ -16,11 +16,13 @@ ALONE_bridge := megatron-bridge==0.3.1 megatron-core==0.16.1 nvidia-resiliency-e
 quickstart: $(VENV)
 	$(BIN)/python examples/quickstart/run.py runs/quickstart
 
-# Tests of a framework that cannot be installed here are skipped, and say so.
+# Tests of a framework that cannot be installed here are skipped, and say so. Files are spread over WORKERS processes, each of
+# them whole, as their tests share models; more workers need about 4 GB of memory each.
+WORKERS ?= 2
 test: $(VENV)
 	-$(MAKE) --keep-going $(FRAMEWORKS:%=.venv-%/.installed)
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses $(WORKERS) --dist loadfile
 
 lint: $(VENV)
 	$(BIN)/ruff check .

@@ -44,7 +44,8 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.11,<3"],
         "nemo": ["nemo_toolkit==2.7.3", "transformers~=4.57.0"],  # as requirements-nemo.txt says, not by pip's resolver
         "bridge": ["megatron-bridge==0.3.1", "transformers~=4.57.0"],
-        "dev": ["transformers>=4.57,<6", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.17,<0.18", "zstandard>=0.23"],
+        "dev": ["transformers>=4.57,<6", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.8", "ruff>=0.17,<0.18",
+                "zstandard>=0.23"],
     },
     entry_points={
         "console_scripts": ["flexolmo=flexolmo_megatron.cli:main"],
