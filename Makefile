@@ -17,12 +17,13 @@ quickstart: $(VENV)
 	$(BIN)/python examples/quickstart/run.py runs/quickstart
 
 # Tests of a framework that cannot be installed here are skipped, and say so. Files are spread over WORKERS processes, each of
-# them whole, as their tests share models; more workers need about 4 GB of memory each.
+# them whole, as their tests share models, and in their order: those with the fewest tests are the slowest. More workers need
+# about 4 GB of memory each.
 WORKERS ?= 2
 test: $(VENV)
 	-$(MAKE) --keep-going $(FRAMEWORKS:%=.venv-%/.installed)
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)
 	$(BIN)/ruff check .
