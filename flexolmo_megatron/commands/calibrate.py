@@ -3,6 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from flexolmo_megatron.commands.documents import add_text_key_option
 from flexolmo_megatron.errors import FlexOlmoError
 
 if TYPE_CHECKING:
@@ -27,8 +28,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
                         help="to try; below 1 the router becomes more decided (default: %(default)s)")
     parser.add_argument("--max-bytes", type=int, default=100_000, metavar="N",
                         help="bytes of text, from the first document on (default: %(default)s)")
-    parser.add_argument("--text-key", default="text", metavar="KEY",
-                        help="key of the JSON objects, or Parquet column, that holds a document (default: %(default)s)")
+    add_text_key_option(parser)
     parser.add_argument("--max-bad", type=int, default=100, metavar="N",
                         help="how many empty or broken documents are skipped before the command stops "
                              "(default: %(default)s)")

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flexolmo_megatron.commands.documents import add_text_key_option
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import check_free
 
@@ -49,8 +50,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--centre", action="store_true",
                         help="keep of each row only what tells it from the anchor's own, with the norm of --scale: the "
                              "owner's router row starts at the anchor's plus that (data owner, published anchor)")
-    parser.add_argument("--text-key", default="text", metavar="KEY",
-                        help="key of the JSON objects, or Parquet column, that holds a document (default: %(default)s)")
+    add_text_key_option(parser)
     parser.add_argument("--max-bad", type=int, default=100, metavar="N",
                         help="how many empty or broken documents are skipped before the run stops "
                              "(default: %(default)s)")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -239,11 +240,10 @@ def _check(config: CompareConfig) -> None:
         if value not in known:
             raise FlexOlmoError(f"{name}: there is no {value!r}{nearest(value, known)}; expected some of "
                                 f"{', '.join(known)}")
-    folders = [ablation_folder(name) for name in (*config.ablations, *config.variants)]
-    for name in (*config.ablations, *config.variants):
-        if folders.count(ablation_folder(name)) > 1:
-            raise FlexOlmoError(f"ablations, variants: two of them would be in the folder {ablation_folder(name)}: "
-                                f"expected none twice")
+    for folder, count in Counter(map(ablation_folder, (*config.ablations, *config.variants))).items():
+        if count > 1:
+            raise FlexOlmoError(f"ablations, variants: two of them would be in the folder {folder}: expected none "
+                                "twice")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise FlexOlmoError(f"seeds = {config.seeds}: expected at least one, and none twice")
     for name, least in (("public", 1), ("owner", 1), ("router", 0), ("btx", 0)):

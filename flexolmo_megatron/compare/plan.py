@@ -230,13 +230,13 @@ class _Seed:
         """The owners' runs, merged and tuned; and the same for each ablation."""
         config, usual = self.config, owner_options(self.config, None)
         self.add_vectors("vectors", anchor, usual[1])
-        made = []
+        made, usual_merged = [], None
         if "flexolmo" in self.chosen:
-            merged = self.add_merged("", None, anchor, "vectors")
-            models["merged"] = self.path(merged, "model")
-            made.append(merged)
+            usual_merged = self.add_merged("", None, anchor, "vectors")
+            models["merged"] = self.path(usual_merged, "model")
+            made.append(usual_merged)
             if self.tunes:
-                made.append(self.add_router(merged))
+                made.append(self.add_router(usual_merged))
                 models["tuned"] = self.path(made[-1], "run")
         models["ablations"] = {}
         for name in [*config.ablations, *config.variants] if "ablations" in self.chosen else ():
@@ -251,16 +251,14 @@ class _Seed:
                     # Rows of other embedders have nothing to do with each other.
                     its_anchor = self.publish(f"{folder}/anchor", options[1])
                 self.add_vectors(vectors, its_anchor, options[1])
-            if options == usual and "flexolmo" in self.chosen:  # only what comes after the merge differs
-                made.append(made[0])
-            else:
-                made.append(self.add_merged(f"{folder}/", name, its_anchor, vectors))
+            step = usual_merged if options == usual else None  # only what comes after the merge differs
+            step = step or self.add_merged(f"{folder}/", name, its_anchor, vectors)
             if calibrated:
-                merged = made[-1]
-                made.append(self.plan.add(Step(
+                step = self.plan.add(Step(
                     f"{self.prefix}/{folder}/calibrated", "choose a temperature on public documents",
-                    work.calibrate(self.path(merged, "model"), config.public.train, config.text_key), {},
-                    (merged, f"data/{PUBLIC}"))))
+                    work.calibrate(self.path(step, "model"), config.public.train, config.text_key), {},
+                    (step, f"data/{PUBLIC}")))
+            made.append(step)
             models["ablations"][name] = self.path(made[-1], "model")
         return made
 

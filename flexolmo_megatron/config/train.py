@@ -218,25 +218,21 @@ class TrainConfig:
                 f"data.public: expected both or "
                 "neither, and a share from 0 to below 1"
             )
-        coefficient = self.expert.domain_loss_coeff
-        if not 0 <= coefficient < math.inf or (coefficient and not self.data.public):
-            raise FlexOlmoError(
-                f"expert.domain_loss_coeff = {coefficient}: expected a number of 0 or more, and data.public where it "
-                f"is above 0"
-            )
+        for name in ("domain_loss_coeff", "anchor_kl_coeff"):
+            coefficient = getattr(self.expert, name)
+            if not 0 <= coefficient < math.inf or (coefficient and not self.data.public):
+                raise FlexOlmoError(
+                    f"expert.{name} = {coefficient}: expected a number of 0 or more, and data.public where it is "
+                    f"above 0"
+                )
         if not 0 < self.expert.domain_margin < math.inf:
             raise FlexOlmoError(f"expert.domain_margin = {self.expert.domain_margin}: expected a number above 0")
         if not 0 <= self.expert.routing_noise < math.inf:
             raise FlexOlmoError(f"expert.routing_noise = {self.expert.routing_noise}: expected a number of 0 or more")
-        self._validate_anchor_kl()
+        self._validate_anchor_kl_layout()
 
-    def _validate_anchor_kl(self) -> None:
+    def _validate_anchor_kl_layout(self) -> None:
         coefficient = self.expert.anchor_kl_coeff
-        if not 0 <= coefficient < math.inf or (coefficient and not self.data.public):
-            raise FlexOlmoError(
-                f"expert.anchor_kl_coeff = {coefficient}: expected a number of 0 or more, and data.public where it is "
-                f"above 0"
-            )
         # The schedule of a pipeline passes one microbatch on, not a second one of the anchor's; FP8 needs batches whose
         # size is known; and without coordination there is no pair.
         for name, usual in (("parallel.pipeline", 1), ("fp8.recipe", None), ("expert.coordination", True)):

@@ -9,13 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from flexolmo_megatron.config.card import PUBLIC, TUNED, WITHOUT, RowSet
 from flexolmo_megatron.convert.lazy import LazyTensor
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.convert.row_sets import write_row_sets
 from flexolmo_megatron.convert.rows import is_row
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.evaluation.perplexity import DEFAULT_BATCH_TOKENS, evaluate_documents
+from flexolmo_megatron.evaluation.perplexity import evaluate_documents
 from flexolmo_megatron.exchange.digest import model_digest
 from flexolmo_megatron.files import check_free
 from flexolmo_megatron.inference.access import routers_of, using_rows
@@ -39,7 +41,6 @@ class Calibration:
 
 
 def calibrate(path: str | Path, texts: Sequence[str], out: str | Path, temperatures: Sequence[float], *,
-              batch_tokens: int = DEFAULT_BATCH_TOKENS,
               progress: Callable[[int], None] | None = None) -> list[Calibration]:
     """Find a merged model's temperatures, with all experts and without each owner's, and write the model with them.
 
@@ -48,7 +49,6 @@ def calibrate(path: str | Path, texts: Sequence[str], out: str | Path, temperatu
         texts: public documents.
         out: a new directory, for a Megatron checkpoint that keeps the untuned rows.
         temperatures: to try; below 1 the router becomes more decided.
-        batch_tokens: see ``evaluate_documents``.
         progress: called now and then with a number of tokens; all in all each is counted once for every temperature
             and set of experts.
 
@@ -69,7 +69,7 @@ def calibrate(path: str | Path, texts: Sequence[str], out: str | Path, temperatu
     owners = card.expert_names[1:]
     without = {WITHOUT + left: [name for name in owners if name != left] for left in owners if len(owners) > 1}
     model = load_model(path)
-    found = [_find(model, name, names, texts, temperatures, batch_tokens, progress)
+    found = [_find(model, name, names, texts, temperatures, progress)
              for name, names in {TUNED: owners, **without}.items()]
     write_row_sets(
         merged, digest,
@@ -81,17 +81,17 @@ def calibrate(path: str | Path, texts: Sequence[str], out: str | Path, temperatu
 
 
 def _find(model: Model, name: str, owners: list[str], texts: Sequence[str], temperatures: Sequence[float],
-          batch_tokens: int, progress: Callable[[int], None] | None) -> Calibration:
+          progress: Callable[[int], None] | None) -> Calibration:
     routers = routers_of(model.module)
     bits = {}
     for temperature in temperatures:
         rows = [(router.weight.data / temperature, None if router.bias is None else router.bias.data / temperature)
                 for router in routers]
         with using_rows(model.module, rows):
-            bits[temperature] = evaluate_documents(model, texts, experts=[PUBLIC, *owners], batch_tokens=batch_tokens,
+            bits[temperature] = evaluate_documents(model, texts, experts=[PUBLIC, *owners],
                                                    progress=progress).bits_per_byte
     return Calibration(name, owners, bits)
 
 
 def _divided(tensor: LazyTensor, temperature: float) -> LazyTensor:
-    return LazyTensor(tensor.dtype, tensor.shape, lambda: (tensor.read().float() / temperature).to(tensor.dtype))
+    return LazyTensor(torch.float32, tensor.shape, lambda: tensor.read().float() / temperature)
