@@ -37,10 +37,10 @@ def tensors_of(model: LazyModel) -> dict[str, torch.Tensor]:
 
 
 def random_model(kind: str, experts: int = 0, top_k: int = 0, *, seed: int = 0, bias: bool = False,
-                 sizes: ModelConfig = SIZES) -> LazyModel:
+                 window: int = 1, sizes: ModelConfig = SIZES) -> LazyModel:
     """A dense, moe or pair model (experts = top_k = 2 for the latter) in fp32."""
     generator = torch.Generator().manual_seed(seed)
-    config = replace(sizes, num_experts=experts, top_k=top_k, router_bias=bias)
+    config = replace(sizes, num_experts=experts, top_k=top_k, router_bias=bias, router_window=window)
     card = ModelCard(kind, config, [ExpertRecord(name) for name in NAMES[:experts]])
     return lazy_model(card, {name: random_tensor(name, shape, generator)
                              for name, shape in expected_tensors(config, kind).items()})

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,8 +41,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
                         help="documents to sample; all where there are fewer (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N",
-                        help="tokens of a document that are read, at most the embedder's longest sequence "
-                             "(default: %(default)s)")
+                        help="tokens of a document that are read; of another embedder than the anchor at most its "
+                             "longest sequence (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N",
                         help="documents embedded at once: affects speed and memory alone (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, metavar="NORM",
@@ -50,6 +51,12 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--centre", action="store_true",
                         help="keep of each row only what tells it from the anchor's own, with the norm of --scale: the "
                              "owner's router row starts at the anchor's plus that (data owner, published anchor)")
+    parser.add_argument("--public", nargs="+", metavar="DOCS",
+                        help="public documents, given like DOCS: the rows become linear discriminants of the owner's "
+                             "hidden states against theirs, log-likelihood ratios that hold beside rows of owners who "
+                             "never met; the router row starts at the anchor's plus that, the bias at the "
+                             "discriminant's (data owner, published anchor, --embedder anchor; --scale is then a "
+                             "factor)")
     add_text_key_option(parser)
     parser.add_argument("--max-bad", type=int, default=100, metavar="N",
                         help="how many empty or broken documents are skipped before the run stops "
@@ -82,6 +89,11 @@ def _check_targets(args: argparse.Namespace, anchor: "LazyModel") -> None:
     if args.publish and card.kind != "dense":
         raise FlexOlmoError(f"--publish needs a dense model, {args.anchor} is a {card.kind} model with the experts "
                             f"{', '.join(card.expert_names)}")
+    if args.public and (card.kind == "dense" or args.publish or args.centre or args.epsilon is not None
+                        or args.embedder != "anchor"):
+        raise FlexOlmoError(f"--public makes discriminants beside a published anchor, of its own hidden states: "
+                            f"expected one, --embedder anchor, and neither --publish nor --centre nor --epsilon; "
+                            f"{args.anchor} is a {card.kind} model, the embedder {args.embedder}")
     if args.centre and (card.kind == "dense" or args.publish):
         raise FlexOlmoError(f"--centre compares with the rows of a published anchor: expected one, without --publish; "
                             f"{args.anchor} is a {card.kind} model")
@@ -93,7 +105,7 @@ def _check_targets(args: argparse.Namespace, anchor: "LazyModel") -> None:
         check_free(args.publish)
 
 
-def _sample(args: argparse.Namespace) -> list[str]:
+def _sample(args: argparse.Namespace, patterns: Sequence[str]) -> list[str]:
     from flexolmo_megatron.domain.sample import reservoir_sample
     from flexolmo_megatron.training.documents import BadDocuments, stream_documents
 
@@ -102,12 +114,12 @@ def _sample(args: argparse.Namespace) -> list[str]:
     if args.seed < 0:
         raise FlexOlmoError(f"--seed {args.seed}: expected a number of at least 0")
     bad = BadDocuments(args.max_bad)
-    stream = stream_documents(args.docs, args.text_key, bad)
+    stream = stream_documents(patterns, args.text_key, bad)
     texts = reservoir_sample((document.text for document in stream), args.documents, args.seed)
     if bad.counts:
         print(f"skipped {bad.report()}", file=sys.stderr)
     if not texts:
-        raise FlexOlmoError(f"{' '.join(args.docs)}: no document; expected at least one")
+        raise FlexOlmoError(f"{' '.join(patterns)}: no document; expected at least one")
     return texts
 
 
@@ -145,6 +157,8 @@ def _centre(anchor: "LazyModel", embedder: "Embedder") -> "np.ndarray":
 
 def run(args: argparse.Namespace) -> None:
     """Run ``flexolmo embed``."""
+    import numpy as np
+
     from flexolmo_megatron.convert.model import open_model, save_model
     from flexolmo_megatron.domain.embed import domain_vector, open_embedder
     from flexolmo_megatron.domain.privacy import GaussianMechanism
@@ -155,18 +169,29 @@ def run(args: argparse.Namespace) -> None:
     privacy = None if args.epsilon is None else GaussianMechanism(args.epsilon, args.delta, args.clip)
     anchor = open_model(args.anchor)
     _check_targets(args, anchor)
-    texts = _sample(args)
+    texts = _sample(args, args.docs)
+    public_texts = _sample(args, args.public) if args.public else None
     digest = dense_digest(anchor)
     embedder = open_embedder(args.embedder, anchor, digest, args.max_tokens)
     unfinished = Path(f"{args.out}.state")
+    public = None
+    if public_texts:
+        from flexolmo_megatron.domain.discriminant import public_states
+
+        public = public_states(embedder, public_texts, args.batch_size)
     vector = domain_vector(embedder, texts, hidden_size=anchor.card.model.hidden_size, dense_digest=digest,
                            seed=args.seed, batch_size=args.batch_size, norm=args.scale, privacy=privacy,
-                           centre=_centre(anchor, embedder) if args.centre else None, resume=unfinished)
+                           centre=_centre(anchor, embedder) if args.centre else None, public=public,
+                           resume=unfinished)
     save_vector(vector, args.out)
     unfinished.unlink(missing_ok=True)
     rows, width = vector.vectors.shape
-    print(f"{args.out}: {rows} row{'s' * (rows > 1)} of {width} numbers with norm {vector.norm:g}, "
-          f"by {vector.record()['embedder']}")
+    kind = f"with norm {vector.norm:g}" if public is None else f"that are discriminants times {vector.norm:g}"
+    print(f"{args.out}: {rows} row{'s' * (rows > 1)} of {width} numbers {kind}, by {vector.record()['embedder']}")
+    if public is not None:
+        gains = np.einsum("lh,lh->l", vector.vectors, public.mean_Lh) + vector.biases
+        print("mean log-likelihood ratio of a token of the public documents, in nats by layer: "
+              + " ".join(f"{gain:.2f}" for gain in gains))
     print(f"{vector.documents:,} documents averaged, {vector.dropped:,} dropped because their embedding was not finite")
     if privacy:
         sigma = privacy.sigma(vector.documents, rows)

@@ -38,6 +38,9 @@ def _register_pack(subparsers: argparse._SubParsersAction) -> None:
                         help="router row of a dense copy that was trained without coordination "
                              "(expert.coordination=false), whose feed-forward networks are then packed; needs --name "
                              "and --anchor, with which it is compared")
+    parser.add_argument("--router-window", type=int, metavar="N",
+                        help="with --domain-vector: positions over which routing logits are to be averaged, as "
+                             "expert.router_window says for other owners (default: 1)")
     parser.set_defaults(run=run_pack)
 
 
@@ -106,6 +109,9 @@ def run_pack(args: argparse.Namespace) -> None:
 
     pair = open_model(args.checkpoint)
     anchor = None if args.anchor is None else open_model(args.anchor)
+    if args.router_window is not None and (args.domain_vector is None or args.router_window < 1):
+        raise FlexOlmoError(f"--router-window {args.router_window}: expected at least 1, and --domain-vector; a pair "
+                            "says itself what it was trained with")
     if args.domain_vector is not None:
         pair = _uncoordinated(pair, anchor, args)
     digest = None
@@ -123,7 +129,7 @@ def _uncoordinated(dense: "LazyModel", anchor: "LazyModel | None", args: argpars
     """What an owner who trained a dense copy (expert.coordination=false) hands over."""
     from flexolmo_megatron.config.card import ExpertRecord, check_expert_name
     from flexolmo_megatron.convert.variants import as_pair
-    from flexolmo_megatron.domain.publish import dense_digest, owner_rows
+    from flexolmo_megatron.domain.publish import dense_digest, owner_router
     from flexolmo_megatron.domain.vector import load_vector
 
     if dense.card.kind != "dense":
@@ -140,7 +146,8 @@ def _uncoordinated(dense: "LazyModel", anchor: "LazyModel | None", args: argpars
     if vector.dense_digest != digest:
         raise FlexOlmoError(f"{args.domain_vector} was made with another anchor (digest {vector.dense_digest[:12]}…): "
                             f"expected one made with {args.anchor} (digest {digest[:12]}…)")
-    return as_pair(dense, owner_rows(vector, anchor), ExpertRecord(args.name, router=vector.record()))
+    return as_pair(dense, owner_router(vector, anchor), ExpertRecord(args.name, router=vector.record()),
+                   args.router_window or 1)
 
 
 def run_verify(args: argparse.Namespace) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from flexolmo_megatron.compare.settings import ABLATIONS, ROLE_DEFAULTS, SETTINGS
+from flexolmo_megatron.compare.settings import ABLATIONS, ROLE_DEFAULTS, SETTINGS, TRAINED_ROWS
 from flexolmo_megatron.config.card import check_expert_name
 from flexolmo_megatron.config.layout import data_parallel_size
 from flexolmo_megatron.config.load import load_config, parse_override, read_yaml
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import ParallelConfig, RouterTrainConfig, TrainConfig
+from flexolmo_megatron.domain.embed import ANCHOR
 from flexolmo_megatron.errors import FlexOlmoError, nearest
 from flexolmo_megatron.launch.config import SlurmConfig
 from flexolmo_megatron.launch.load import reject_unknown
@@ -105,7 +106,8 @@ class CompareConfig:
     variants: dict[str, Any] = field(default_factory=dict)
     """Further ablations: a name, and the options of the owners' runs and of `embed` in which it differs from FlexOlmo,
     for example {half replay: {data.public_share: 0.5, embed.scale: 2}}; setting: paper replaces the setting, and
-    calibrate: true chooses a temperature on public documents after the merge."""
+    calibrate: true chooses a temperature on public documents after the merge; embed.discriminant: true makes the rows
+    of `flexolmo embed --public`."""
     train: dict[str, Any] = field(default_factory=dict)
     """Options of all runs, as for `flexolmo train`, for example {data: {seq_length: 256}, global_batch_size: 16}; the
     following are for single kinds of runs and win."""
@@ -166,9 +168,14 @@ def owner_options(config: CompareConfig, variant: str | None) -> tuple[dict[str,
     changes.pop("calibrate", None)
     options = SETTINGS[setting or config.setting](config.steps.owner)
     options = {**options, **(flatten(config.owner) if setting is None else {})}
-    embed = {**flatten(config.embed), **{key.removeprefix("embed."): value for key, value in changes.items()
-                                         if key.startswith("embed.")}}
-    return options | {key: value for key, value in changes.items() if not key.startswith("embed.")}, embed
+    if variant in ABLATIONS and not options.get("embed.discriminant"):  # there the rows train already
+        changes = {key: value for key, value in changes.items() if (key, value) not in TRAINED_ROWS.items()}
+    changes = {f"embed.{key}": value for key, value in flatten(config.embed).items()} | changes
+    if options.get("embed.discriminant") and changes.get("embed.embedder", ANCHOR) != ANCHOR:
+        options |= TRAINED_ROWS
+    options |= changes
+    of_embed = {key.removeprefix("embed."): value for key, value in options.items() if key.startswith("embed.")}
+    return {key: value for key, value in options.items() if not key.startswith("embed.")}, of_embed
 
 
 def ablation_folder(name: str) -> str:

@@ -162,8 +162,8 @@ class _Seed:
                                   tuple(inputs), tokens, flops, parallel=True))
 
     def publish(self, name: str, embed: Mapping[str, Any]) -> str:
-        """The anchor with its router row, which is never centred: there is nothing to compare it with."""
-        config, embed = self.config, {key: value for key, value in embed.items() if key != "centre"}
+        """The anchor with its router row, an owner's in no form: there is nothing to compare it with."""
+        config, embed = self.config, _public_row(embed)
         return self.plan.add(Step(
             f"{self.prefix}/{name}", "the published anchor",
             work.publish(self.anchor_run, config.public.train, config.text_key, embed), {"embed": embed},
@@ -247,7 +247,7 @@ class _Seed:
             its_anchor, vectors = anchor, "vectors"
             if options[1] != usual[1]:
                 vectors = f"{folder}/vectors"
-                if {**options[1], "centre": None} != {**usual[1], "centre": None}:
+                if _public_row(options[1]) != _public_row(usual[1]):
                     # Rows of other embedders have nothing to do with each other.
                     its_anchor = self.publish(f"{folder}/anchor", options[1])
                 self.add_vectors(vectors, its_anchor, options[1])
@@ -264,9 +264,10 @@ class _Seed:
 
     def add_vectors(self, folder: str, anchor: str, embed: Mapping[str, Any]) -> None:
         for owner, texts in self.config.owners.items():
-            do = work.vector(self.path(anchor, "model"), texts.train, self.config.text_key, embed)
+            do = work.vector(self.path(anchor, "model"), texts.train, self.config.public.train, self.config.text_key,
+                             embed)
             self.plan.add(Step(f"{self.prefix}/{folder}/{owner}", f"the domain vector of {owner}", do, {"embed": embed},
-                               (anchor, f"data/{owner}")))
+                               (anchor, f"data/{owner}", f"data/{PUBLIC}")))
 
     def add_merged(self, folder: str, variant: str | None, anchor: str, vectors: str) -> str:
         """Runs of all owners, and the model that is merged from them."""
@@ -282,7 +283,8 @@ class _Seed:
             self.path(anchor, "model"), {owner: self.path(step, "run") for owner, step in
                                          zip(self.owners, steps, strict=True)},
             {owner: self.path(self.prefix, vectors, owner, "domain.npz") for owner in self.owners},
-            self.comparison.runs[steps[0]].expert.coordination, config.active)
+            self.comparison.runs[steps[0]].expert.coordination,
+            owner_options(config, None)[0].get("expert.router_window", 1), config.active)
         return self.plan.add(Step(f"{self.prefix}/{folder}merged", f"pack and merge the experts{of}", do,
                                   {"top_k": config.active}, (anchor, *steps)))
 
@@ -301,6 +303,12 @@ class _Seed:
         comparison.scores[seed] = self.plan.add(Step(
             f"{self.prefix}/scores", "evaluate all methods", lambda folder: score(comparison, seed, folder), options,
             tuple(inputs), renewed=True))
+
+
+def _public_row(embed: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `embed` that the anchor's own row follows, too; discriminants have some of their own."""
+    own = ("centre", "discriminant", *(["scale", "max_tokens"] if embed.get("discriminant") else []))
+    return {key: value for key, value in embed.items() if key not in own and value is not None}
 
 
 def _chosen(config: TrainConfig) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Named settings of the owners' runs, and the ablations: options of `flexolmo train expert`, with dotted names."""
+"""Named settings of the owners' runs, and the ablations: options of `flexolmo train expert`, with dotted names, and
+after "embed." those of `flexolmo embed`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ def _paper(steps: int) -> dict[str, Any]:
         "expert.domain_loss_coeff": 0.0,
         "expert.routing_noise": 0.0,
         "expert.anchor_kl_coeff": 0.0,
+        "expert.router_window": 1,
         "moe_z_loss_coeff": 1e-3,
         "optimizer.lr": 9e-4,
         "optimizer.min_lr": 0.0,
@@ -29,30 +31,42 @@ def _paper(steps: int) -> dict[str, Any]:
 
 def _default(steps: int) -> dict[str, Any]:
     return {
-        "data.public_share": 0.5,
-        "expert.domain_loss_coeff": 0.025,
-        "expert.routing_noise": 2.0,
+        "data.public_share": 0.33,
+        "embed.discriminant": True,
+        "embed.max_tokens": 2048,
+        "embed.scale": 1.5,
+        "expert.router_window": 32,
+        "expert.routing_noise": 1.0,
         "moe_z_loss_coeff": 0.0,
         "optimizer.lr": 3e-3,
         "optimizer.min_lr": 3e-4,
-        "optimizer.router_lr": 1e-3,
+        "optimizer.router_lr": 0.0,
     }
 
 
+TRAINED_ROWS = {"embed.discriminant": False, "embed.max_tokens": None, "embed.scale": None,
+                "expert.domain_loss_coeff": 0.025, "optimizer.router_lr": 1e-3}
+"""Rows that start at domain vectors and learn a margin: of other embedders there are no discriminants."""
+
+
 SETTINGS: Mapping[str, Callable[[int], dict[str, Any]]] = {"default": _default, "paper": _paper}
-"""From the number of steps of an owner's run to its options. default: public documents are replayed, rows learn a
-margin, experts learn beside noise on it, no z-loss. paper: section 4.1 of arXiv 2507.07024, all of it."""
+"""From the number of steps of an owner's run to its options. default: public documents are replayed, router rows are
+discriminants that do not train, their logits are averaged over a window, experts learn beside noise on them, no z-loss.
+paper: section 4.1 of arXiv 2507.07024, all of it."""
 
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no coordination": {"expert.coordination": False, "expert.domain_loss_coeff": 0.0, "expert.routing_noise": 0.0,
-                        "expert.anchor_kl_coeff": 0.0},
-    "no embedding init": {"expert.random_row": True},
+                        "expert.anchor_kl_coeff": 0.0, "expert.router_window": 1},
+    "no window": {"expert.router_window": 1},
+    "trained rows": TRAINED_ROWS,
+    "no embedding init": {**TRAINED_ROWS, "expert.random_row": True},
     "no bias": {"expert.bias": False},
-    "no embedding init, no bias": {"expert.random_row": True, "expert.bias": False},
-    "centred rows": {"embed.centre": True},
+    "no embedding init, no bias": {**TRAINED_ROWS, "expert.random_row": True, "expert.bias": False},
+    "centred rows": {**TRAINED_ROWS, "embed.centre": True},
+    "no routing noise": {"expert.routing_noise": 0.0},
     "anchor KL": {"data.public_share": 0.5, "expert.anchor_kl_coeff": 1.0},
     "calibrated temperature": {"calibrate": True},
-    "no replay": {"data.public_share": 0.0, "expert.domain_loss_coeff": 0.0},
+    "no replay": {"data.public_share": 0.0},
     "paper": {"setting": "paper"},
 }
 """What each usual ablation changes; setting replaces the whole setting, and the options of the section owner; calibrate

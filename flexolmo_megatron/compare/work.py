@@ -73,11 +73,15 @@ def publish(run: Path, documents: Sequence[str], text_key: str, embed: Mapping[s
     return work
 
 
-def vector(anchor: Path, documents: Sequence[str], text_key: str, embed: Mapping[str, Any]) -> Work:
-    """An owner's domain vector ``domain.npz``."""
+def vector(anchor: Path, documents: Sequence[str], public: Sequence[str], text_key: str,
+           embed: Mapping[str, Any]) -> Work:
+    """An owner's domain vector ``domain.npz``; discriminants against ``public`` where ``embed`` asks for them."""
+    options = dict(embed)
+    against = ["--public", *public] if options.pop("discriminant", False) else []
+
     def work(folder: Path) -> None:
-        command("embed", *documents, "--text-key", text_key, "--anchor", str(anchor), "--out",
-                str(folder / "domain.npz"), *as_words(embed))
+        command("embed", *documents, *against, "--text-key", text_key, "--anchor", str(anchor), "--out",
+                str(folder / "domain.npz"), *as_words(options))
 
     return work
 
@@ -92,7 +96,7 @@ def as_words(options: Mapping[str, Any]) -> list[str]:
 
 
 def merge(anchor: Path, experts: Mapping[str, Path], vectors: Mapping[str, Path], coordinated: bool,
-          top_k: int) -> Work:
+          router_window: int, top_k: int) -> Work:
     """The owners' packages ``packages/NAME``, and what is merged from them, ``model``.
 
     Args:
@@ -100,13 +104,15 @@ def merge(anchor: Path, experts: Mapping[str, Path], vectors: Mapping[str, Path]
         experts: by owner, the training run.
         vectors: by owner, the domain vector.
         coordinated: the runs are pairs, not dense copies.
+        router_window: that of pairs; dense copies get the same.
         top_k: active experts of the result.
     """
     def work(folder: Path) -> None:
         (folder / "packages").mkdir(exist_ok=True)
         for owner, run in experts.items():
             if not (folder / "packages" / owner).exists():
-                dense = ["--name", owner, "--anchor", str(anchor), "--domain-vector", str(vectors[owner])]
+                dense = ["--name", owner, "--anchor", str(anchor), "--domain-vector", str(vectors[owner]),
+                         "--router-window", str(router_window)]
                 command("pack", str(run), str(folder / "packages" / owner), *([] if coordinated else dense))
         if not (folder / "model").exists():
             command("merge", "--anchor", str(anchor), *(str(folder / "packages" / owner) for owner in experts),

@@ -36,6 +36,8 @@ class ModelConfig:
     """Experts that are active for each token; 0 for a dense model."""
     router_bias: bool = False
     """Whether the router has a bias per expert, used as min(bias, 0); the anchor's is 0."""
+    router_window: int = 1
+    """Positions over which routing logits are averaged: a token's own and those before it. 1 is the paper's router."""
 
     def __post_init__(self) -> None:
         self.validate()
@@ -58,6 +60,7 @@ class ModelConfig:
             "num_query_groups",
             "vocab_size",
             "max_position_embeddings",
+            "router_window",
         ):
             if getattr(self, name) < 1:
                 raise FlexOlmoError(f"model.{name} = {getattr(self, name)}: expected a number of at least 1")
@@ -81,19 +84,22 @@ class ModelConfig:
             )
         if self.num_experts and not 1 <= self.top_k <= self.num_experts:
             raise FlexOlmoError(f"model.top_k = {self.top_k}: expected 1 to model.num_experts = {self.num_experts}")
-        if not self.num_experts and (self.top_k or self.router_bias):
-            raise FlexOlmoError("model.top_k and model.router_bias need model.num_experts > 0")
+        if not self.num_experts and (self.top_k or self.router_bias or self.router_window != 1):
+            raise FlexOlmoError("model.top_k, model.router_bias and model.router_window need model.num_experts > 0")
 
     def dense(self) -> "ModelConfig":
         """Return the architecture without experts."""
-        return replace(self, num_experts=0, top_k=0, router_bias=False)
+        return replace(self, num_experts=0, top_k=0, router_bias=False, router_window=1)
 
-    def pair(self, width: int | None, router_bias: bool, whose: str = "the anchor's") -> "ModelConfig":
+    def pair(
+        self, width: int | None, router_bias: bool, router_window: int, whose: str = "the anchor's"
+    ) -> "ModelConfig":
         """Return the architecture of the coupled model in which an owner trains, beside an anchor of this one.
 
         Args:
             width: ffn_hidden_size of the owner's expert; None for the anchor's.
             router_bias: whether the owner's row has a bias.
+            router_window: positions over which the logits are averaged.
             whose: begins what a refusal says of the anchor's width.
 
         Raises:
@@ -102,7 +108,9 @@ class ModelConfig:
         width = width or self.ffn_hidden_size
         if not 1 <= width <= self.ffn_hidden_size:
             raise FlexOlmoError(f"expert.ffn_hidden_size = {width}: expected 1 to {whose} {self.ffn_hidden_size}")
-        return replace(self, num_experts=2, top_k=2, ffn_hidden_size=width, router_bias=router_bias)
+        return replace(
+            self, num_experts=2, top_k=2, ffn_hidden_size=width, router_bias=router_bias, router_window=router_window
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> "ModelConfig":

@@ -45,7 +45,8 @@ class OptimizerConfig:
     min_lr: float = 0.0
     """Learning rate at the end of the schedule."""
     router_lr: float | None = None
-    """Highest learning rate of router rows and biases, with the same schedule; by default lr."""
+    """Highest learning rate of router rows and biases, with the same schedule; by default lr. 0 keeps them as they
+    start."""
     lr_decay_style: str = "cosine"
     """cosine, linear, constant or WSD (warm-up, stable, decay)."""
     lr_warmup_iters: int = 0
@@ -117,6 +118,9 @@ class ExpertConfig:
     ffn_hidden_size: int | None = None
     """Inner width of the expert; by default the anchor's. A narrower one starts from the first of the anchor's inner
     units."""
+    router_window: int = 1
+    """Positions over which routing logits are averaged: a token's own and those before it, since what a text is about
+    shows in many tokens better than in one. All owners of a merged model must use the same. 1 is the paper's router."""
     coordination: bool = True
     """Ablation: False trains a dense copy of the anchor without coupling, whose FFNs are then packed as the expert."""
 
@@ -250,11 +254,11 @@ class TrainConfig:
             "0 or more": (("eval_interval", "save_interval"), lambda value: value >= 0),
             f"0 to {2**32 - 1}": (("seed",), lambda value: 0 <= value < 2**32),  # numpy's seeds, of Megatron's samples
             "a finite number above 0": (
-                ("optimizer.lr", "optimizer.router_lr", "optimizer.adam_eps"),
+                ("optimizer.lr", "optimizer.adam_eps"),
                 lambda value: 0 < value < math.inf,
             ),
             "a finite number, 0 or more": (
-                ("optimizer.weight_decay", "optimizer.clip_grad", "moe_z_loss_coeff"),
+                ("optimizer.router_lr", "optimizer.weight_decay", "optimizer.clip_grad", "moe_z_loss_coeff"),
                 lambda value: 0 <= value < math.inf,
             ),
             "0 to below 1": (("optimizer.adam_beta1", "optimizer.adam_beta2"), lambda value: 0 <= value < 1),

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 
 from flexolmo_megatron.config.card import CARD_FILE, PUBLIC, TUNED_MODEL
-from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.convert.huggingface import CONFIG_FILE, DEFAULT_SHARD_BYTES, open_huggingface, save_huggingface
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
 from flexolmo_megatron.convert.megatron import METADATA_FILE, open_megatron
@@ -133,7 +132,9 @@ def select_experts(model: LazyModel, names: Iterable[str], rows: Choice = "stric
     check_names(wanted, card.expert_names)
     model = leave_out(model, set(card.expert_names) - wanted, rows)
     kept = [number for number, name in enumerate(card.expert_names) if name in wanted]
-    config = ModelConfig(**{**asdict(card.model), "num_experts": len(kept), "top_k": min(card.model.top_k, len(kept))})
+    config = replace(card.model, num_experts=len(kept), top_k=min(card.model.top_k, len(kept)))
+    if len(kept) == 1:
+        config.router_window = 1  # of one expert's logits nothing depends on it
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in model.tensors.items():
         before, found, after = name.partition(".mlp.experts.")

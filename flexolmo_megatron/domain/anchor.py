@@ -2,10 +2,10 @@
 
 Needs nothing but the anchor. Runs on one process, on its GPU where there is one.
 
-Legend: s sequence, b batch, h hidden size, L layers.
+Legend: n documents, S positions, P pieces of documents, T tokens, h hidden size, L layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class AnchorEmbedder:
         Args:
             anchor: dense or published.
             dense_digest: of the anchor.
-            max_tokens: tokens of a document that are read; at most the anchor's longest sequence is.
+            max_tokens: tokens of a document that are read, in pieces where the anchor's longest sequence is shorter.
 
         Raises:
             FlexOlmoError: the model has several experts, or its tokenizer cannot be loaded or does not fit.
@@ -45,7 +45,7 @@ class AnchorEmbedder:
         dense = as_dense(anchor)
         model = dense.card.model
         self.digest = dense_digest
-        self.max_tokens = min(max_tokens, model.max_position_embeddings)
+        self.max_tokens = max_tokens
         self.tokenizer = load_tokenizer(dense.card.tokenizer)
         if self.tokenizer.vocab_size > model.vocab_size:
             raise FlexOlmoError(f"the anchor's tokenizer {self.tokenizer.spec} has {self.tokenizer.vocab_size} ids: "
@@ -57,27 +57,60 @@ class AnchorEmbedder:
         # forward then returns hidden states: logits, the largest tensor by far, are not needed.
         self.gpt.post_process = False
 
-    @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Return float32 `[n, L, h]`; NaN for a document without a token."""
-        documents = [self.tokenizer.encode(text)[: self.max_tokens] for text in texts]
-        lengths = torch.tensor([len(tokens) for tokens in documents])
-        # Padding comes after a document, where causal attention keeps it from having any effect on it.
-        tokens_BS = torch.full((len(documents), max(1, int(lengths.max()))), self.tokenizer.eod)
-        for row, tokens in zip(tokens_BS, documents, strict=True):
-            row[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-        positions_S = torch.arange(tokens_BS.shape[1])
-        weight_SB = ((positions_S[:, None] < lengths) / lengths).to(self.device)
         means: list[torch.Tensor] = []
+        documents_P = self._read(texts, lambda states_SPh, weight_SP: means.append(
+            torch.einsum("sph,sp->ph", states_SPh, weight_SP)))
+        parts_PLh = torch.stack(means, dim=1)
+        return parts_PLh.new_zeros(len(texts), *parts_PLh.shape[1:]).index_add_(0, documents_P, parts_PLh).cpu().numpy()
 
-        def record(layer: torch.nn.Module, arguments: tuple) -> None:
-            means.append(torch.einsum("sbh,sb->bh", arguments[0].float(), weight_SB))
+    def moments(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum up the mean states x and the mean products x x^T of documents, each with a token at least.
 
-        positions_BS = positions_S.expand_as(tokens_BS)
-        handles = [layer.mlp.register_forward_pre_hook(record) for layer in self.gpt.decoder.layers]
+        Returns:
+            float64 `[L, h]` and `[L, h, h]` on the anchor's device.
+        """
+        means, products = [], []
+
+        def record(states_SPh: torch.Tensor, weight_SP: torch.Tensor) -> None:
+            means.append(torch.einsum("sph,sp->h", states_SPh, weight_SP).double())
+            weighted_Th = (states_SPh * weight_SP.sqrt()[..., None]).flatten(0, 1)
+            products.append((weighted_Th.T @ weighted_Th).double())
+
+        self._read(texts, record)
+        return torch.stack(means), torch.stack(products)
+
+    @torch.no_grad()
+    def _read(self, texts: Sequence[str], record: Callable[[torch.Tensor, torch.Tensor], None]) -> torch.Tensor:
+        """Compute documents, and call ``record`` for each layer with its states and the tokens' weights.
+
+        Those are fp32 `[S, P, h]` and `[S, P]`, for pieces of documents that are no longer than the model allows. The
+        weights of a document's tokens add up to 1, and are NaN where there is none.
+
+        Returns:
+            The document that each piece is from, int64 `[P]`.
+        """
+        documents = [self.tokenizer.encode(text)[: self.max_tokens] for text in texts]
+        longest = self.gpt.max_sequence_length
+        pieces = [(number, tokens[start : start + longest]) for number, tokens in enumerate(documents)
+                  for start in range(0, max(1, len(tokens)), longest)]
+        # Padding comes after a piece, where causal attention keeps it from having any effect on it.
+        tokens_PS = torch.full((len(pieces), max(1, *(len(piece) for _, piece in pieces))), self.tokenizer.eod)
+        for row, (_, piece) in zip(tokens_PS, pieces, strict=True):
+            row[: len(piece)] = torch.tensor(piece, dtype=torch.int64)
+        positions_S = torch.arange(tokens_PS.shape[1])
+        sizes_P, whole_P = torch.tensor([(len(piece), len(documents[number])) for number, piece in pieces]).unbind(1)
+        weight_SP = ((positions_S[:, None] < sizes_P) / whole_P).to(self.device)
+
+        def listen(layer: torch.nn.Module, arguments: tuple) -> None:
+            record(arguments[0].float(), weight_SP)
+
+        positions_PS = positions_S.expand_as(tokens_PS)
+        handles = [layer.mlp.register_forward_pre_hook(listen) for layer in self.gpt.decoder.layers]
         try:
-            self.gpt(tokens_BS.to(self.device), positions_BS.to(self.device), attention_mask=None)
+            self.gpt(tokens_PS.to(self.device), positions_PS.to(self.device), attention_mask=None)
         finally:
             for handle in handles:
                 handle.remove()
-        return torch.stack(means, dim=1).cpu().numpy()
+        return torch.tensor([number for number, _ in pieces], device=self.device)

@@ -3,7 +3,7 @@
 Each row is scaled to the same norm, 1 by default. A mean hidden state grows with depth (every block of an OLMo-2 model
 adds a normed output to the residual stream) and its length says little about the domain, while routing logits grow with
 it: what a router should start from is the direction. Directions that are common to all text are removed on demand:
-a centred row is the difference from the anchor's own.
+a centred row is the difference from the anchor's own. A discriminant (``discriminant.py``) keeps its length.
 
 Legend: n documents, L layers, d dimension of the embedder, h hidden size.
 """
@@ -12,7 +12,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from flexolmo_megatron.domain.vector import DomainVector
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import atomic_file
 from flexolmo_megatron.training.progress import DocumentProgress
+
+if TYPE_CHECKING:
+    from flexolmo_megatron.domain.discriminant import PublicStates
 
 ANCHOR = "anchor"
 """Name of the embedder that is the anchor itself."""
@@ -159,6 +162,7 @@ def domain_vector(
     norm: float = 1.0,
     privacy: GaussianMechanism | None = None,
     centre: np.ndarray | None = None,
+    public: "PublicStates | None" = None,
     resume: Path | None = None,
 ) -> DomainVector:
     """Make the domain vector of a sample of documents.
@@ -170,9 +174,10 @@ def domain_vector(
         dense_digest: of the anchor, from ``dense_digest``.
         seed: of the sample, for the record.
         batch_size: documents that are embedded at once; affects speed and memory alone.
-        norm: Euclidean norm of each row.
+        norm: Euclidean norm of each row; of discriminants a factor.
         privacy: noise for the mean, see privacy.py.
         centre: rows `[L or 1, h]` of the anchor whose directions are subtracted from those of the mean.
+        public: makes the rows linear discriminants against these documents; from the same ``embedder``, the anchor.
         resume: see ``mean_embedding``.
 
     Raises:
@@ -183,12 +188,18 @@ def domain_vector(
     rows, dropped = mean_embedding(embedder, texts, batch_size, privacy=privacy, resume=resume)
     if rows.shape[1] != hidden_size:
         rows = rows @ orthogonal_projection(rows.shape[1], hidden_size, dense_digest)
-    rows = _directions(rows, f"the embeddings of {len(texts)} documents by {embedder.name} average to")
+    biases = None
+    if public is not None:
+        rows, biases = public.discriminants(rows)
+        biases = (biases * norm).clip(max=0).astype(np.float32)  # as routers use them
+    else:
+        rows = _directions(rows, f"the embeddings of {len(texts)} documents by {embedder.name} average to")
     if centre is not None:
         rows = _directions(rows - _directions(centre, "rows of the anchor are"),
                            f"the direction of {len(texts)} documents differs from the anchor's by")
     return DomainVector(
         vectors=(rows * norm).astype(np.float32),
+        biases=biases,
         embedder=embedder.name,
         embedder_digest=embedder.digest,
         dense_digest=dense_digest,
@@ -197,7 +208,7 @@ def domain_vector(
         seed=seed,
         norm=float(norm),
         privacy=privacy,
-        centred=centre is not None,
+        centred=centre is not None or public is not None,
     )
 
 

@@ -7,6 +7,7 @@ the public documents. So the anchor's digest, which every expert package names, 
 
 import re
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -70,7 +71,22 @@ def public_rows(anchor: LazyModel) -> torch.Tensor | None:
     return torch.stack(rows).float()
 
 
-def owner_rows(vector: DomainVector, anchor: LazyModel) -> torch.Tensor:
-    """Return the router rows fp32 `[L or 1, h]` that an owner's run starts from, beside a published anchor's."""
+class OwnerRouter(NamedTuple):
+    """Where an owner's router starts, beside a published anchor's; fp32."""
+
+    rows: torch.Tensor
+    """`[L, h]`, or `[1, h]` for all layers."""
+    biases: torch.Tensor
+    """`[L]`, or `[1]` for all layers; 0, but for discriminants."""
+
+    def of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the row `[h]` and the bias `[]` of a layer, from 0."""
+        place = layer if len(self.rows) > 1 else 0
+        return self.rows[place], self.biases[place]
+
+
+def owner_router(vector: DomainVector, anchor: LazyModel) -> OwnerRouter:
+    """Return what a domain vector makes of an owner's router."""
     rows = torch.from_numpy(vector.vectors)
-    return public_rows(anchor) + rows if vector.centred else rows
+    biases = torch.zeros(len(rows)) if vector.biases is None else torch.from_numpy(vector.biases)
+    return OwnerRouter(public_rows(anchor) + rows if vector.centred else rows, biases)

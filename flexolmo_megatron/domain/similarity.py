@@ -19,14 +19,22 @@ from flexolmo_megatron.errors import FlexOlmoError
 
 def comparable(one: DomainVector, other: DomainVector) -> bool:
     """Whether the angle between two vectors means anything: same embedder, same anchor, same shape, both
-    centred or neither."""
-    return (one.embedder_digest, one.dense_digest, one.vectors.shape, one.centred) == (
-        other.embedder_digest, other.dense_digest, other.vectors.shape, other.centred)
+    centred or discriminants or neither."""
+    return _kind(one) == _kind(other)
+
+
+def _kind(vector: DomainVector) -> tuple[Any, ...]:
+    return (vector.embedder_digest, vector.dense_digest, vector.vectors.shape, vector.centred, vector.biases is None)
+
+
+def _unit_rows(vector: DomainVector) -> np.ndarray:
+    lengths = np.linalg.norm(vector.vectors, axis=1, keepdims=True) if vector.biases is not None else vector.norm
+    return vector.vectors / lengths
 
 
 def cosines(one: DomainVector, other: DomainVector) -> list[float]:
     """Cosine similarity of the rows of two comparable vectors, by layer `[L]`."""
-    return np.einsum("lh,lh->l", one.vectors / one.norm, other.vectors / other.norm, dtype=np.float64).tolist()
+    return np.einsum("lh,lh->l", _unit_rows(one), _unit_rows(other), dtype=np.float64).tolist()
 
 
 def project(vectors: Sequence[DomainVector]) -> tuple[np.ndarray, tuple[float, float]]:
@@ -42,7 +50,7 @@ def project(vectors: Sequence[DomainVector]) -> tuple[np.ndarray, tuple[float, f
     if len(vectors) < 2:
         raise FlexOlmoError(f"--plot shows domains relative to each other: expected at least 2 vectors, not "
                             f"{len(vectors)}")
-    rows = np.stack([(vector.vectors / vector.norm).ravel() for vector in vectors]).astype(np.float64)
+    rows = np.stack([_unit_rows(vector).ravel() for vector in vectors]).astype(np.float64)
     rows /= np.sqrt(len(vectors[0].vectors))
     left, lengths, _ = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
     coordinates = left[:, :2] * lengths[:2]
@@ -67,10 +75,11 @@ def describe_vectors(paths: Sequence[str]) -> dict[str, Any]:
         for by_layer in [cosines(vectors[a], vectors[b])]]
     files = []
     for path, vector in zip(paths, vectors, strict=True):
-        values = {key: value for key, value in asdict(vector).items() if key != "vectors"}
+        values = {key: value for key, value in asdict(vector).items() if key not in ("vectors", "biases")}
         if vector.privacy is not None:
             values["privacy"]["sigma"] = vector.privacy.sigma(vector.documents, len(vector.vectors))
-        files.append({"path": path, "rows": vector.vectors.shape[0], "width": vector.vectors.shape[1], **values})
+        files.append({"path": path, "rows": vector.vectors.shape[0], "width": vector.vectors.shape[1],
+                      "discriminant": vector.biases is not None, **values})
     pairs = len(paths) * (len(paths) - 1) // 2
     return {"vectors": files, "similarities": similarities, "incomparable_pairs": pairs - len(similarities)}
 
@@ -92,7 +101,8 @@ def render_vectors(description: dict[str, Any]) -> Group:
     for name, one in zip(names, files, strict=True):
         noise = one["privacy"] and "epsilon {epsilon:g}, delta {delta:g}, clip {clip:g}, sigma {sigma:.3g}".format(
             **one["privacy"])
-        rows = f"{one['rows']} x {one['width']}" + ", centred" * one["centred"]
+        kind = ", discriminants" if one["discriminant"] else ", centred" * one["centred"]
+        rows = f"{one['rows']} x {one['width']}{kind}"
         values = (name, rows, f"{one['embedder']}@{one['embedder_digest'][:12]}",
                   one["dense_digest"][:12], f"{one['documents']:,}", f"{one['dropped']:,}", one["seed"],
                   f"{one['norm']:g}", noise or "none")
@@ -109,7 +119,7 @@ def render_vectors(description: dict[str, Any]) -> Group:
                  f"{found[key]:.4f}" if (key := (paths[min(row, column)], paths[max(row, column)])) in found else "-"
                  for column in range(len(names))]
         table.add_row(Text(name), *cells)
-    note = "- : vectors of different embedders, anchors or sizes, or with and without --centre, cannot be compared"
+    note = "- : vectors of different embedders, anchors or sizes, or of different kinds, cannot be compared"
     return Group(listing, Text(""), table, *([Text(note)] if description["incomparable_pairs"] else []))
 
 

@@ -1,7 +1,8 @@
 """The domain vector: what a router row starts from, and its file.
 
 The file is an ``.npz`` (a ZIP archive, nothing compressed) with two arrays: ``vectors`` float32 ``[L, h]`` or
-``[1, h]``, and ``metadata``, the UTF-8 bytes of a JSON object with the other fields. ``numpy.load`` opens it, but is
+``[1, h]``, and ``metadata``, the UTF-8 bytes of a JSON object with the other fields; discriminants have a third one,
+``biases`` float32 ``[L]``. ``numpy.load`` opens it, but is
 not used here: the file may come from a stranger, so every size is checked before memory is allocated, and nothing is
 ever unpickled. It never holds document text.
 
@@ -34,6 +35,8 @@ MAX_NAME = 256
 
 _OPTIONS = {"privacy", "centred"}
 """Metadata that the file of a vector without them does not have."""
+_ARRAYS = ("vectors.npy", "metadata.npy", "biases.npy")
+"""Files in the archive; the last one of discriminants alone."""
 _WHAT = "a domain vector that 'flexolmo embed' wrote"
 
 
@@ -56,11 +59,13 @@ class DomainVector:
     seed: int
     """Of the sample of documents."""
     norm: float
-    """Euclidean norm that every row was scaled to."""
+    """Euclidean norm that every row was scaled to; of discriminants, whose length says something, a factor instead."""
     privacy: GaussianMechanism | None = None
     """The noise that was added before, if any; then ``documents`` counts what was not finite, too, as zeros."""
     centred: bool = False
     """Whether the rows are differences from the anchor's own rows, to which ``owner_rows`` adds them."""
+    biases: np.ndarray | None = None
+    """Of linear discriminants (``discriminant.py``), which are centred: float32 `[L]`, at most 0. Otherwise None."""
 
     def __post_init__(self) -> None:
         vectors, name = self.vectors, self.embedder
@@ -82,11 +87,21 @@ class DomainVector:
             raise FlexOlmoError(f"norm = {shown(self.norm)}: expected a number above 0")
         if type(self.centred) is not bool:
             raise FlexOlmoError(f"centred = {shown(self.centred)}: expected true or false")
+        if self.biases is not None:
+            self._check_discriminants(self.biases)
+            return
         norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
         wrong = ~(np.abs(norms - self.norm) <= 1e-4 * self.norm)  # true for NaN and infinity, too
         if wrong.any():
             row = int(wrong.argmax())
             raise FlexOlmoError(f"row {row} of the vectors has the norm {norms[row]:g}: expected {self.norm:g}")
+
+    def _check_discriminants(self, biases: np.ndarray) -> None:
+        if biases.dtype != np.float32 or biases.shape != self.vectors.shape[:1] or not self.centred:
+            raise FlexOlmoError(f"biases are {biases.dtype} {list(biases.shape)}, centred = {self.centred}: expected "
+                                f"float32 [{len(self.vectors)}], one for each row, and centred vectors")
+        if not (np.isfinite(self.vectors).all() and np.isfinite(biases).all() and (biases <= 0).all()):
+            raise FlexOlmoError("the vectors or biases are not finite, or a bias is above 0")
 
     def row(self, layer: int) -> np.ndarray:
         """Return the float32 row `[h]` that the router of ``layer`` (from 0) starts from."""
@@ -107,7 +122,8 @@ class DomainVector:
     def record(self) -> dict[str, Any]:
         """How the row was made, as a checkpoint's card (``ExpertRecord.router``) and an expert package store it."""
         made = {"embedder": f"{self.embedder}@{self.embedder_digest[:12]}", "documents": self.documents}
-        return {**made, "centred": True} if self.centred else made
+        kind = {"discriminant": self.biases is not None, "centred": self.centred}
+        return made | next(({name: True} for name, holds in kind.items() if holds), {})
 
 
 def save_vector(vector: DomainVector, path: str | os.PathLike) -> None:
@@ -116,13 +132,15 @@ def save_vector(vector: DomainVector, path: str | os.PathLike) -> None:
     Raises:
         FlexOlmoError: it cannot be written.
     """
-    values = {key: value for key, value in asdict(vector).items() if key != "vectors"}
+    values = {key: value for key, value in asdict(vector).items() if key not in ("vectors", "biases")}
     for option in _OPTIONS:
         if not values[option]:
             del values[option]
     metadata = json.dumps({"format_version": FORMAT_VERSION, **values}, ensure_ascii=False).encode()
+    arrays = {name: np.ascontiguousarray(array, "<f4") for name in ("vectors", "biases")
+              if (array := getattr(vector, name)) is not None}
     with atomic_file(path) as file:
-        np.savez(file, vectors=np.ascontiguousarray(vector.vectors, "<f4"), metadata=np.frombuffer(metadata, np.uint8))
+        np.savez(file, **arrays, metadata=np.frombuffer(metadata, np.uint8))
 
 
 def load_vector(path: str | os.PathLike) -> DomainVector:
@@ -153,17 +171,19 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _members(data: bytes, names: tuple[str, ...]) -> list[bytes]:
-    """The contents of an archive that holds exactly ``names``, uncompressed: they cannot be larger than the archive."""
+def _members(data: bytes) -> dict[str, bytes]:
+    """The contents of a vector's archive, which are uncompressed: they cannot be larger than the archive."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
-            if sorted(entry.filename for entry in entries) != sorted(names):
-                found = ", ".join(shown(entry.filename) for entry in entries[:4]) or "nothing"
-                raise FlexOlmoError(f"the archive holds {found}: expected {' and '.join(names)}")
+            names = [entry.filename for entry in entries]
+            if sorted(names) not in (sorted(_ARRAYS[:2]), sorted(_ARRAYS)):
+                found = ", ".join(map(shown, names[:4])) or "nothing"
+                raise FlexOlmoError(f"the archive holds {found}: expected {' and '.join(_ARRAYS[:2])}, and perhaps "
+                                    f"{_ARRAYS[2]}")
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(data) for entry in entries):
                 raise FlexOlmoError("the archive is compressed")
-            return [archive.read(name) for name in names]  # checks the CRC
+            return {name: archive.read(name) for name in names}  # checks the CRC
     except FlexOlmoError:
         raise
     except Exception as error:  # zipfile passes on whatever struct, the codecs and seeking raise on a damaged archive
@@ -194,14 +214,14 @@ def _array(data: bytes, name: str, dtype: str, dimensions: int) -> np.ndarray:
 
 
 def _parse(data: bytes) -> DomainVector:
-    raw_vectors, raw_metadata = _members(data, ("vectors.npy", "metadata.npy"))
-    values = parse_strict_json(_array(raw_metadata, "metadata", "|u1", 1).tobytes())
+    members = _members(data)
+    values = parse_strict_json(_array(members["metadata.npy"], "metadata", "|u1", 1).tobytes())
     if not isinstance(values, dict):
         raise FlexOlmoError(f"the metadata is {shown(values)}: expected a JSON object")
     version = values.pop("format_version", None)
     if type(version) is not int or version != FORMAT_VERSION:
         raise FlexOlmoError(f"format_version = {shown(version)}: this program reads version {FORMAT_VERSION}")
-    expected = {field.name for field in fields(DomainVector)} - {"vectors"} - _OPTIONS
+    expected = {field.name for field in fields(DomainVector)} - {"vectors", "biases"} - _OPTIONS
     for key in (values.keys() - _OPTIONS) ^ expected:
         raise FlexOlmoError(f"{'unknown' if key in values else 'missing'} field {shown(key)} in the metadata")
     if "privacy" in values:
@@ -209,4 +229,6 @@ def _parse(data: bytes) -> DomainVector:
         if not isinstance(mechanism, dict) or mechanism.keys() != {"epsilon", "delta", "clip"}:
             raise FlexOlmoError(f"privacy = {shown(mechanism)}: expected epsilon, delta and clip")
         values["privacy"] = GaussianMechanism(**mechanism)
-    return DomainVector(vectors=_array(raw_vectors, "vectors", "<f4", 2).astype(np.float32), **values)
+    if "biases.npy" in members:
+        values["biases"] = _array(members["biases.npy"], "biases", "<f4", 1).astype(np.float32)
+    return DomainVector(vectors=_array(members["vectors.npy"], "vectors", "<f4", 2).astype(np.float32), **values)

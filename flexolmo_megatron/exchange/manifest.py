@@ -38,6 +38,8 @@ class Architecture:
     """Inner width of the expert; at most the anchor's."""
     dtype: str
     """One of ``DTYPES``."""
+    router_window: int = 1
+    """Positions over which routing logits were averaged in training; all experts of a model have the same."""
 
 
 TRAINING_FIELDS = {"tokens": int, "steps": int, "lr": float, "seed": int, "dp": dict}
@@ -70,7 +72,7 @@ class Manifest:
             check_digest(key, getattr(self, key))
         for key in ("owner", "licence", "contact"):
             check_text(key, getattr(self, key))
-        for key in ("num_layers", "hidden_size", "ffn_hidden_size"):
+        for key in ("num_layers", "hidden_size", "ffn_hidden_size", "router_window"):
             check_number(f"architecture.{key}", getattr(self.architecture, key), int, smallest=1, largest=MAX_SIZE)
         if self.architecture.dtype not in DTYPES:
             raise FlexOlmoError(f"architecture.dtype = {shown(self.architecture.dtype)}: expected one of "
@@ -81,7 +83,10 @@ class Manifest:
             check_fields("training.dp", self.training["dp"], DP_FIELDS)
 
     def to_json(self) -> dict[str, Any]:
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        values = asdict(self)
+        if self.architecture.router_window == 1:  # the paper's, which the file leaves out
+            del values["architecture"]["router_window"]
+        return {"format_version": FORMAT_VERSION, **values}
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
@@ -106,5 +111,7 @@ def _parse(data: bytes) -> Manifest:
     if type(version) is not int or version != FORMAT_VERSION:
         raise FlexOlmoError(f"format_version = {shown(version)}: this program reads version {FORMAT_VERSION}")
     check_keys("manifest", values, Manifest)
+    if isinstance(values["architecture"], dict):
+        values["architecture"].setdefault("router_window", 1)
     check_keys("architecture", values["architecture"], Architecture)
     return Manifest(**{**values, "architecture": Architecture(**values["architecture"])})

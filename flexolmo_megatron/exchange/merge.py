@@ -72,11 +72,12 @@ def compose(base: LazyModel, packages: Sequence[Package], *, top_k: int | None =
         reference = AnchorReference.of(base, digest=digest)
         for package in packages:
             check_fits(package, reference)
+    window = _router_window(base, packages)
     first = card.model.num_experts
     count = first + len(packages)
     has_bias = card.model.router_bias or any(package.has_bias for package in packages)
     chosen = _chosen_top_k(card) if top_k is None else top_k
-    config = replace(card.model, num_experts=count, router_bias=has_bias,
+    config = replace(card.model, num_experts=count, router_bias=has_bias, router_window=window,
                      top_k=min(count, chosen or DEFAULT_TOP_K) if top_k is None else top_k)
     tensors = dict(base.tensors)
     for layer in range(config.num_layers):
@@ -112,6 +113,21 @@ def claimed_anchor(base: LazyModel, packages: Sequence[Package]) -> str | None:
             raise FlexOlmoError(f"{who} was trained against anchor {digest}, but {claims[0][1]} belongs to "
                                 f"{claims[0][0]}")
     return claims[0][0] if claims else None
+
+
+def _router_window(base: LazyModel, packages: Sequence[Package]) -> int:
+    """Return the router_window of the experts of a merged ``base`` and of all packages; an anchor alone has none.
+
+    Raises:
+        FlexOlmoError: two of them differ.
+    """
+    windows = [(base.card.model.router_window, "the given model")] if base.card.model.num_experts > 1 else []
+    windows += [(package.manifest.architecture.router_window, f"package {package.path}") for package in packages]
+    for window, who in windows:
+        if window != windows[0][0]:
+            raise FlexOlmoError(f"{who} was trained with expert.router_window = {window}, but {windows[0][1]} with "
+                                f"{windows[0][0]}: expected the same for all experts of a model")
+    return windows[0][0] if windows else 1
 
 
 def remove(merged: LazyModel, names: Sequence[str], rows: Choice = "strict") -> LazyModel:

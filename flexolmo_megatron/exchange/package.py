@@ -171,7 +171,7 @@ def pack(pair: LazyModel, anchor_digest: str | None, out: str | os.PathLike, *, 
     manifest = Manifest(
         name=name, anchor_digest=anchor_digest, sha256="0" * 64, owner=owner, licence=licence, contact=contact,
         architecture=Architecture(card.model.num_layers, card.model.hidden_size, card.model.ffn_hidden_size,
-                                  DTYPE_NAMES[tensors["layers.0.gate_proj"].dtype]),
+                                  DTYPE_NAMES[tensors["layers.0.gate_proj"].dtype], card.model.router_window),
         router=_only(ROUTER_FIELDS, card.experts[1].router), training=training,
     )
     with atomic_directory(out) as folder:

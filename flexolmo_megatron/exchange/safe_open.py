@@ -83,5 +83,8 @@ def read_start(descriptor: int, limit: int, where: str) -> bytes:
 
 
 def looks_pickled(start: bytes) -> bool:
-    """Whether a file that starts so is a pickle or a zip archive, which is what torch.save writes."""
-    return start.startswith(_PICKLE_STARTS)
+    """Whether a file that starts so, with nine bytes, is a pickle or a zip archive, which is what torch.save writes.
+
+    Safetensors files begin with eight bytes that hold any number, and may be a pickle's first ones; then comes JSON.
+    """
+    return start.startswith(_PICKLE_STARTS) and start[8:] != b"{"

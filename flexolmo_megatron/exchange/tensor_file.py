@@ -42,7 +42,7 @@ class TensorFile:
         self.where = where
         self._pool = pool
         self._lock = threading.Lock()
-        if looks_pickled(read_start(descriptor, 8, where)):
+        if looks_pickled(read_start(descriptor, 9, where)):
             raise FlexOlmoError(f"{where} is a pickle or torch archive, which is never opened; expected a safetensors "
                                 "file")
         header = read_open_header(descriptor, where, MAX_HEADER_BYTES)

@@ -6,7 +6,8 @@ prompt's continuation does not depend on what it is batched with, up to rounding
 Legend: b sequences, s positions of the padded prompts, t positions so far, V vocabulary, E experts.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.inference.access import Experts, allowed_experts, named, only_allowed, using_rows
+from flexolmo_megatron.inference.access import Experts, allowed_experts, named, only_allowed, routers_of, using_rows
 from flexolmo_megatron.inference.attribution import RoutingWeights
 from flexolmo_megatron.inference.fixed_order import fixed_order
 from flexolmo_megatron.untrusted import shown
@@ -126,7 +127,7 @@ def _hidden(starts_b: Tensor, first: int, end: int) -> Tensor | None:
     return ((keys > queries) | padding) & (keys != queries)
 
 
-def _steps(model: "Model", prompts: Sequence[list[int]], max_new_tokens: int) -> Iterator[tuple[Tensor, list[int]]]:
+def _steps(model: "Model", prompts: Sequence[list[int]], max_new_tokens: int) -> Generator[tuple[Tensor, list[int]]]:
     """Run the prompts, then one token after the other.
 
     Yields:
@@ -134,22 +135,25 @@ def _steps(model: "Model", prompts: Sequence[list[int]], max_new_tokens: int) ->
     """
     from megatron.core.inference.contexts import StaticInferenceContext
 
+    from flexolmo_megatron.model.router_window import remembered
+
     longest = max(map(len, prompts))
     starts_b = torch.tensor([longest - len(prompt) for prompt in prompts], device=model.device)
     tokens_bs = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
     context = StaticInferenceContext(len(prompts), longest + max_new_tokens)
     first = 0
-    for _ in range(max_new_tokens):
-        end = first + tokens_bs.shape[1]
-        positions_bs = torch.arange(first, end, device=model.device).expand_as(tokens_bs)
-        with fixed_order():
-            logits_b1V = model.module(tokens_bs, positions_bs, _hidden(starts_b, first, end), inference_context=context,
-                                      runtime_gather_output=True)
-        context.increment_sequence_len_offset(end - first)
-        chosen: list[int] = []
-        yield logits_b1V[:, -1].float(), chosen
-        tokens_bs = torch.tensor(chosen, device=model.device)[:, None]
-        first = end
+    with remembered(routers_of(model.module), starts_b):
+        for _ in range(max_new_tokens):
+            end = first + tokens_bs.shape[1]
+            positions_bs = torch.arange(first, end, device=model.device).expand_as(tokens_bs)
+            with fixed_order():
+                logits_b1V = model.module(tokens_bs, positions_bs, _hidden(starts_b, first, end),
+                                          inference_context=context, runtime_gather_output=True)
+            context.increment_sequence_len_offset(end - first)
+            chosen: list[int] = []
+            yield logits_b1V[:, -1].float(), chosen
+            tokens_bs = torch.tensor(chosen, device=model.device)[:, None]
+            first = end
 
 
 class _StopStrings:
@@ -182,8 +186,9 @@ def _generate_batch(model: "Model", prompts: Sequence[list[int]], results: Seque
     uniform_bt = torch.stack([
         torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         for seed in seeds])
-    with RoutingWeights(model.module) as routing:
-        for step, (logits_bV, chosen) in enumerate(_steps(model, prompts, sampling.max_new_tokens)):
+    with (RoutingWeights(model.module) as routing,
+          contextlib.closing(_steps(model, prompts, sampling.max_new_tokens)) as steps):
+        for step, (logits_bV, chosen) in enumerate(steps):
             logits_bV = logits_bV[:, :known]  # the rest of the vocabulary is padding
             if not logits_bV[active].isfinite().all():
                 raise FlexOlmoError("the model's logits are not finite numbers: its weights, or those of an expert "

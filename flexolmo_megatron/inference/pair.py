@@ -56,7 +56,8 @@ def couple(anchor: LazyModel, pair: LazyModel) -> LazyModel:
         pair: what the owner trained.
     """
     config = ModelConfig(**{**asdict(anchor.card.model), "num_experts": 2, "top_k": 2,
-                            "router_bias": pair.card.model.router_bias})
+                            "router_bias": pair.card.model.router_bias,
+                            "router_window": pair.card.model.router_window})
     tensors = dict(anchor.tensors)
     for name, tensor in pair.tensors.items():
         if name.endswith(".mlp.gate.weight"):

@@ -32,7 +32,7 @@ def check_layouts(config: LaunchConfig, stages: dict[str, list[str]]) -> None:
     for name in stages.get("experts", ()):
         training, where = training_config(config, "experts", name), f"experts.each.{name}"
         try:
-            pair = anchor.pair(training.expert.ffn_hidden_size, training.expert.bias)
+            pair = anchor.pair(training.expert.ffn_hidden_size, training.expert.bias, training.expert.router_window)
         except FlexOlmoError as error:
             raise FlexOlmoError(f"{where}: {error}") from None
         if training.expert.coordination:

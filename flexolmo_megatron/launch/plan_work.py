@@ -63,7 +63,8 @@ def work_of(config: TrainConfig, mode: Mode, backend: Backend) -> Work:
     model, kind = config.model, "dense"
     if mode == "expert":
         kind = "pair"
-        model = model.pair(config.expert.ffn_hidden_size, config.expert.bias, "model.ffn_hidden_size =")
+        expert = config.expert
+        model = model.pair(expert.ffn_hidden_size, expert.bias, expert.router_window, "model.ffn_hidden_size =")
     elif mode in ("moe", "router") or (mode == "inference" and model.num_experts):
         if model.num_experts < 2:
             raise FlexOlmoError(

@@ -18,6 +18,8 @@ class FlexOlmoTransformerConfig(TransformerConfig):
 
     router_bias: bool = field(default=False)
     """Whether routers have a bias per expert, used as min(bias, 0)."""
+    router_window: int = 1
+    """Positions over which routing logits are averaged."""
     domain_loss_coeff: float = 0.0
     """Pair only: weight of the loss that teaches the router to tell the owner's documents from public ones."""
     domain_margin: float = 4.0
@@ -80,6 +82,7 @@ def transformer_config(
         persist_layer_norm=False,
         cuda_graph_scope=[],
         router_bias=model.router_bias,
+        router_window=model.router_window,
         anchor_ffn_hidden_size=anchor_ffn_hidden_size,
     )
     if kind != "dense":

@@ -1,7 +1,8 @@
 """The domain router: one row per expert, a bias that never favours an owner, and experts that can be switched off.
 
 logits_e = r_e . x + min(b_e, 0); p = softmax over the allowed experts; top-k of p without renormalisation
-(arXiv 2507.07024, section 3). Computed in fp32.
+(arXiv 2507.07024, section 3). Computed in fp32. With a router_window above 1 the logits are averaged over positions:
+``model/router_window.py``.
 
 Legend: s sequence, b batch, T = s * b tokens, H hidden, E experts.
 """
@@ -17,6 +18,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from flexolmo_megatron.model.config import FlexOlmoTransformerConfig
+from flexolmo_megatron.model.router_window import LogitHistory, window_mean_of_part
 
 
 class _NonPositive(torch.autograd.Function):
@@ -52,6 +54,8 @@ class DomainRouter(TopKRouter):
     allowed_BE: Tensor | None = None
     """Boolean `[b, E]`, or `[1, E]` for all sequences, True where a sequence may use an expert; None for all. Set by
     ``inference/access.py``, and for a whole run by ``training/router_run.py``."""
+    history: LogitHistory | None = None
+    """What an answer's earlier passes have left, set by ``remembered``; None where each pass has whole sequences."""
 
     def __init__(self, config: FlexOlmoTransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
@@ -77,10 +81,21 @@ class DomainRouter(TopKRouter):
             # The anchor's bias is 0 by definition, also where all experts train together: it gets no gradient.
             bias_E = torch.cat([self.bias[:1].detach(), self.bias[1:]])
             logits = logits + _NonPositive.apply(bias_E.float())
+        logits = self._averaged(logits)
         if self.allowed_BE is not None:
             # Replaces whatever an excluded row gave, also NaN.
             logits = logits.masked_fill(~self.allowed_BE, float("-inf"))
         return logits
+
+    def _averaged(self, logits: Tensor) -> Tensor:
+        """Average `[s, b, E]` over the router's window."""
+        window = self.config.router_window
+        if window == 1:
+            return logits
+        if self.history is not None:
+            return self.history.mean(logits)
+        sp_group = self.tp_group if self.config.sequence_parallel else None
+        return window_mean_of_part(logits, window, self.cp_group, sp_group)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map logits `[s, b, E]` to probabilities and a boolean map, both `[T, E]`, with at most top-k True per
@@ -123,7 +138,7 @@ class PairRouter(DomainRouter):
         logits = router_gating_linear(input, torch.cat([self.public_row, self.row]), None, torch.float32)
         if self.bias is not None:
             logits = logits + nn.functional.pad(_NonPositive.apply(self.bias), (1, 0))
-        return logits
+        return self._averaged(logits)
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Return the owner's share of the routing weight `[s, b, 1]` in fp32; the anchor's is one minus it."""

@@ -130,7 +130,14 @@ def _mixture(config: TrainConfig, source: LazyModel | None) -> LazyModel:
     if model.num_experts < 2:
         raise FlexOlmoError(f"model.num_experts = {model.num_experts}: expected 2 or more for `train moe`")
     if source is not None:
-        return upcycle(as_dense(source), model.num_experts, model.top_k, config.seed, router_bias=model.router_bias)
+        return upcycle(
+            as_dense(source),
+            model.num_experts,
+            model.top_k,
+            config.seed,
+            router_bias=model.router_bias,
+            router_window=model.router_window,
+        )
     return random_model(ModelCard("moe", model, numbered_experts(model.num_experts)), config.seed)
 
 
@@ -149,8 +156,11 @@ def plan_expert(config: TrainConfig) -> Plan:
         raise FlexOlmoError(
             "expert.domain_vector has no value: expected a file from `flexolmo embed`, or expert.random_row=true"
         )
-    pair = anchor.card.model.pair(config.expert.ffn_hidden_size, config.expert.bias)
+    pair = anchor.card.model.pair(config.expert.ffn_hidden_size, config.expert.bias, config.expert.router_window)
     if not config.expert.coordination:
+        if config.expert.router_window != 1:
+            raise FlexOlmoError("expert.router_window: without coordination no router is trained, `flexolmo pack` "
+                                "takes it")
         if config.expert.ffn_hidden_size is not None:
             raise FlexOlmoError("expert.ffn_hidden_size: without coordination the expert has the anchor's width")
         # The ablation: all weights of a dense copy train; packing takes its FFNs.

@@ -14,7 +14,7 @@ from flexolmo_megatron.config.layout import ModelKind
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.convert.lazy import LazyModel
 from flexolmo_megatron.convert.variants import as_dense
-from flexolmo_megatron.domain.publish import owner_rows
+from flexolmo_megatron.domain.publish import OwnerRouter, owner_router
 from flexolmo_megatron.domain.vector import load_vector
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.digest import BackgroundDigest, model_digest
@@ -53,7 +53,7 @@ def start(planned: Plan, config: TrainConfig, resumes: bool) -> Start:
         FlexOlmoError: the domain vector is missing or was made for another anchor; a tensor cannot be read.
     """
     card = planned.card
-    rows = None if planned.anchor is None else name_anchor(planned, config)
+    router = None if planned.anchor is None else name_anchor(planned, config)
     if card.kind != "pair":
         return Start(card, _filled(config, planned, resumes))
     chunks = together(
@@ -65,11 +65,11 @@ def start(planned: Plan, config: TrainConfig, resumes: bool) -> Start:
             domain_margin=config.expert.domain_margin,
         )
     )
-    fill_pair(chunks, planned.anchor, rows)
+    fill_pair(chunks, planned.anchor, router)
     return Start(card, wrap(config, chunks))
 
 
-def name_anchor(planned: Plan, config: TrainConfig) -> torch.Tensor:
+def name_anchor(planned: Plan, config: TrainConfig) -> OwnerRouter:
     """Write into an expert's card which anchor it is for and how its router row was made. Called by all ranks.
 
     Args:
@@ -77,32 +77,35 @@ def name_anchor(planned: Plan, config: TrainConfig) -> torch.Tensor:
         config: of it ``anchor``, ``expert`` and ``seed`` are used.
 
     Returns:
-        The owner's first router rows `[L or 1, h]`, fp32.
+        The owner's first router.
 
     Raises:
         FlexOlmoError: the domain vector was made for another anchor.
     """
     # By rank 0: another node may lack the file of the vector.
-    planned.card.anchor_digest, rows, made = on_first_rank(lambda: _first_rows(config, planned.anchor))
+    planned.card.anchor_digest, router, made = on_first_rank(lambda: _first_router(config, planned.anchor))
     if planned.card.kind == "pair":
         planned.card.experts[1].router = made
-    return rows
+    return router
 
 
 @torch.no_grad()
-def fill_pair(chunks: list[GPTModel], anchor: LazyModel, rows: torch.Tensor) -> None:
-    """Put the anchor into both halves of a pair model and the rows into its routers; freeze what is the anchor's.
+def fill_pair(chunks: list[GPTModel], anchor: LazyModel, router: OwnerRouter) -> None:
+    """Put the anchor into both halves of a pair model and the owner's into its routers; freeze what is the anchor's.
 
     Args:
         chunks: this rank's part, all of its virtual pipeline stages.
         anchor: the published anchor.
-        rows: from ``name_anchor``.
+        router: from ``name_anchor``.
     """
     load_anchor(chunks, anchor)
     init_expert_from_anchor(chunks, anchor)
     for chunk in chunks:
         for layer in chunk.decoder.layers:
-            layer.mlp.router.row.copy_(rows[layer.layer_number - 1 if len(rows) > 1 else 0])
+            row, bias = router.of(layer.layer_number - 1)
+            layer.mlp.router.row.copy_(row)
+            if layer.mlp.router.bias is not None:
+                layer.mlp.router.bias.copy_(bias)
         freeze_anchor(chunk)
 
 
@@ -119,9 +122,9 @@ def fill(chunks: list[GPTModel], planned: Plan, config: TrainConfig) -> None:
     Raises:
         FlexOlmoError: the domain vector was made for another anchor; a tensor cannot be read.
     """
-    rows = None if planned.anchor is None else name_anchor(planned, config)
+    router = None if planned.anchor is None else name_anchor(planned, config)
     if planned.card.kind == "pair":
-        fill_pair(chunks, planned.anchor, rows)
+        fill_pair(chunks, planned.anchor, router)
     else:
         load_weights(chunks, planned.source)
     if planned.card.kind == "router":
@@ -155,15 +158,16 @@ def _digests(anchor: LazyModel, dense: bool) -> tuple[str, str | None]:
         background.stop()
 
 
-def _first_rows(config: TrainConfig, anchor: LazyModel) -> tuple[str, torch.Tensor, dict]:
-    """The anchor's digest, the owner's first router rows `[L or 1, h]` in fp32, and how they were made."""
+def _first_router(config: TrainConfig, anchor: LazyModel) -> tuple[str, OwnerRouter, dict]:
+    """The anchor's digest, the owner's first router, and how it was made."""
     size = anchor.card.model
     if config.expert.random_row:
         generator = torch.Generator().manual_seed(config.seed)
         rows = torch.randn(size.num_layers, size.hidden_size, generator=generator)
         # As long as the domain vectors they stand in for.
         rows = rows / rows.norm(dim=-1, keepdim=True)
-        return _digests(anchor, dense=False)[0], rows, {"embedder": "random", "documents": 0}
+        router = OwnerRouter(rows, torch.zeros(len(rows)))
+        return _digests(anchor, dense=False)[0], router, {"embedder": "random", "documents": 0}
     vector = load_vector(config.expert.domain_vector)
     vector.check_fits(size.num_layers, size.hidden_size, config.expert.domain_vector)
     digest, dense_digest = _digests(anchor, dense=True)
@@ -172,7 +176,7 @@ def _first_rows(config: TrainConfig, anchor: LazyModel) -> tuple[str, torch.Tens
             f"{config.expert.domain_vector} was made for another anchor (digest {vector.dense_digest[:12]}…): "
             f"expected one for {config.anchor} (digest {dense_digest[:12]}…)"
         )
-    return digest, owner_rows(vector, anchor), vector.record()
+    return digest, owner_router(vector, anchor), vector.record()
 
 
 def run_settings(config: TrainConfig, kind: ModelKind) -> dict[str, Any]:

@@ -52,12 +52,50 @@ def test_an_ablation_like_the_setting_is_left_out(config_file: str) -> None:
 
 
 def test_other_embeddings_have_an_anchor_of_their_own(config_file: str) -> None:
-    comparison = planned(config_file, "variants.long rows={embed.scale: 2}", "methods=[ablations]", "ablations=[]")
+    comparison = planned(config_file, "variants.fewer documents={embed.documents: 5}", "methods=[ablations]",
+                         "ablations=[]")
     steps = comparison.plan.steps
-    assert steps["seed_1/ablations/long_rows/anchor"].options == {"embed": {"documents": 10, "max_tokens": 32,
-                                                                            "scale": 2}}
-    assert "seed_1/ablations/long_rows/anchor" in steps["seed_1/ablations/long_rows/experts/math"].inputs
-    assert "seed_1/ablations/long_rows/vectors/math" in steps
+    assert steps["seed_1/ablations/fewer_documents/anchor"].options == {"embed": {"documents": 5}}
+    assert "seed_1/ablations/fewer_documents/anchor" in steps["seed_1/ablations/fewer_documents/experts/math"].inputs
+    assert "seed_1/ablations/fewer_documents/vectors/math" in steps
+
+
+def test_discriminants_have_a_scale_of_their_own(config_file: str) -> None:
+    words = ["variants.long rows={embed.scale: 2}", "methods=[ablations]", "ablations=[]"]
+    steps = planned(config_file, *words).plan.steps
+    assert "seed_1/ablations/long_rows/anchor" not in steps
+    assert steps["seed_1/ablations/long_rows/vectors/math"].options == {
+        "embed": {"discriminant": True, "documents": 10, "max_tokens": 32, "scale": 2}}
+    assert "data/public" in steps["seed_1/ablations/long_rows/vectors/math"].inputs
+    paper = planned(config_file, *words, "setting=paper").plan.steps
+    assert paper["seed_1/ablations/long_rows/anchor"].options["embed"]["scale"] == 2
+
+
+def test_rows_of_another_embedder_train(config_file: str) -> None:
+    comparison = planned(config_file, "embed.embedder=some/model", "methods=[flexolmo]")
+    assert comparison.plan.steps["seed_1/vectors/math"].options["embed"]["discriminant"] is False
+    run = comparison.runs["seed_1/experts/math"]
+    assert run.optimizer.router_lr == 1e-3 and run.expert.domain_loss_coeff == 0.025
+
+
+def test_ablations_of_the_rows_change_what_the_setting_has(config_file: str) -> None:
+    words = ["methods=[flexolmo,ablations]", "ablations=[trained rows,centred rows]"]
+    runs = planned(config_file, *words).runs
+    usual, trained = runs["seed_1/experts/math"], runs["seed_1/ablations/trained_rows/experts/math"]
+    assert (usual.optimizer.router_lr, trained.optimizer.router_lr) == (0, 1e-3)
+    assert (usual.expert.router_window, trained.expert.router_window) == (32, 32)
+    paper = planned(config_file, *words, "setting=paper")
+    assert list(paper.models[1].ablations) == ["centred rows"]
+    centred = paper.runs["seed_1/ablations/centred_rows/experts/math"]
+    assert centred.expert.domain_loss_coeff == 0 and not centred.data.public
+
+
+def test_dense_copies_are_merged_with_the_window_of_pairs(config_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = {}
+    monkeypatch.setattr("flexolmo_megatron.compare.work.merge", lambda *arguments: windows.setdefault(
+        arguments[3], arguments[4]))
+    planned(config_file, "methods=[flexolmo,ablations]", "ablations=[no coordination]")
+    assert windows == {True: 32, False: 32}
 
 
 def test_what_comes_after_the_merge_needs_no_other_runs(config_file: str) -> None:

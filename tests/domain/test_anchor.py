@@ -60,6 +60,8 @@ def test_equals_transformers_hidden_states(olmo2_dir, embedder):
     embeddings = embedder.embed(TEXTS)
     assert embeddings.shape == (len(TEXTS), LAYERS, HIDDEN) and embeddings.dtype == np.float32
     for embedding, text in zip(embeddings, TEXTS, strict=True):
+        if len(text) > LONGEST:
+            continue
         np.testing.assert_allclose(embedding, transformers_means(olmo2_dir, text), atol=1e-4)
     # The residual stream is what it should be: not normed, and different in every layer.
     assert np.abs(np.diff(embeddings, axis=1)).max(axis=(0, 2)).min() > 0.1
@@ -80,12 +82,14 @@ def test_batch_and_padding_have_no_effect(embedder):
     np.testing.assert_array_equal(embedder.embed(TEXTS), together)
 
 
-def test_max_tokens_shortens_and_the_longest_sequence_bounds(dense, digest, embedder, olmo2_dir):
+def test_max_tokens_shortens_and_pieces_are_no_longer_than_the_longest_sequence(dense, digest, embedder, olmo2_dir):
     short = AnchorEmbedder(dense, digest, max_tokens=5).embed(TEXTS[:2])
     np.testing.assert_allclose(short[1], transformers_means(olmo2_dir, TEXTS[1], 5), atol=1e-4)
     long = TEXTS[3]
     assert len(long) > LONGEST
-    np.testing.assert_array_equal(embedder.embed([long]), embedder.embed([long[:LONGEST]]))
+    first, second = embedder.embed([long[:LONGEST]]), embedder.embed([long[LONGEST:]])
+    share = LONGEST / len(long)
+    np.testing.assert_allclose(embedder.embed([long]), share * first + (1 - share) * second, atol=1e-5)
 
 
 def test_document_without_tokens_is_nan_and_leaves_the_others_alone(embedder):

@@ -5,10 +5,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
+from flexolmo_megatron.cli import main
 from flexolmo_megatron.commands import embed
 from flexolmo_megatron.convert.model import open_model
-from flexolmo_megatron.domain.publish import dense_digest, owner_rows, public_rows, publish_anchor
+from flexolmo_megatron.domain.publish import dense_digest, owner_router, public_rows, publish_anchor
 from flexolmo_megatron.domain.vector import load_vector
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.exchange.digest import model_digest
@@ -96,7 +98,7 @@ def test_centred_rows_are_added_to_the_anchors(docs, olmo2_dir, tmp_path, monkey
     expected = 3 * difference / np.linalg.norm(difference, axis=1, keepdims=True)
     assert vector.centred
     np.testing.assert_allclose(vector.vectors, expected, atol=1e-4)
-    np.testing.assert_allclose(owner_rows(vector, anchor).numpy(), public_rows(anchor).numpy() + expected, atol=1e-4)
+    np.testing.assert_allclose(owner_router(vector, anchor).rows.numpy(), public_rows(anchor).numpy() + expected, atol=1e-4)
     with pytest.raises(FlexOlmoError, match="^a centred domain vector is a difference from an anchor's rows: expected"):
         publish_anchor(open_model(olmo2_dir), vector)
 
@@ -106,6 +108,36 @@ def test_centred_rows_are_added_to_the_anchors(docs, olmo2_dir, tmp_path, monkey
     monkeypatch.setattr("flexolmo_megatron.domain.embed.open_embedder", lambda *_: Other())
     with pytest.raises(FlexOlmoError, match="this vector would be with other@abababababab: expected the same embedder"):
         flexolmo_embed(*owner, tmp_path / "c.npz", "--centre", "--embedder", "other")
+
+
+def test_discriminants_are_where_a_run_starts(docs, olmo2_dir, tmp_path, capsys):
+    """With router_lr = 0 also where it ends."""
+    public, anchor_path, vector_path = tmp_path / "public.jsonl", tmp_path / "anchor", tmp_path / "b.npz"
+    public.write_text("".join(json.dumps({"text": f"{number} xyz" * 9}) + "\n" for number in range(30)))
+    flexolmo_embed(public, "--anchor", olmo2_dir, "--out", tmp_path / "a.npz", "--publish", anchor_path)
+    flexolmo_embed(docs, "--anchor", anchor_path, "--public", public, "--scale", 1.5, "--out", vector_path)
+    printed = capsys.readouterr().out.splitlines()
+    assert f"{vector_path}: 3 rows of 32 numbers that are discriminants times 1.5, by anchor@" in printed[-3]
+    assert printed[-2].startswith("mean log-likelihood ratio of a token of the public documents, in nats by layer: -")
+    vector, anchor = load_vector(vector_path), open_model(anchor_path)
+    assert vector.centred and (vector.biases <= 0).all() and vector.record()["discriminant"] is True
+
+    prefix, run_path = tmp_path / "tokens", tmp_path / "run"
+    assert main(["data", str(docs), "--out", str(prefix), "--tokenizer", "byte"]) == 0
+    assert main(["train", "expert", f"out={run_path}", f"data.train=[{prefix}]", "data.seq_length=32",
+                 f"anchor={anchor_path}", "expert.name=own", f"expert.domain_vector={vector_path}",
+                 "expert.router_window=4", "optimizer.router_lr=0", "train_iters=2", "micro_batch_size=2",
+                 "global_batch_size=2"]) == 0
+    run = open_model(run_path)
+    assert run.card.model.router_window == 4
+    for layer in range(3):
+        gate = f"model.layers.{layer}.mlp.gate."
+        row = public_rows(anchor)[layer] + torch.from_numpy(vector.vectors[layer])
+        assert torch.equal(run.tensors[gate + "weight"].read()[0], row)
+        assert torch.equal(run.tensors[gate + "bias"].read(), torch.from_numpy(vector.biases[layer : layer + 1]))
+    assert main(["pack", str(run_path), str(tmp_path / "package")]) == 0
+    manifest = json.loads((tmp_path / "package" / "manifest.json").read_text())
+    assert manifest["architecture"]["router_window"] == 4 and manifest["router"]["discriminant"] is True
 
 
 def test_bad_documents_are_reported(docs, olmo2_dir, tmp_path, capsys):
@@ -132,6 +164,12 @@ def test_bad_input_is_refused_before_the_work(docs, olmo2_dir, tmp_path, monkeyp
     refuses("a.npz: the folder", docs, out=tmp_path / "no" / "a.npz")
     refuses("is a folder; expected the name of a file", docs, out=tmp_path)
     refuses("--centre compares with the rows of a published anchor: expected one, without --publish", docs, "--centre")
+    refuses("--public makes discriminants beside a published anchor, of its own hidden states: expected one", docs,
+            "--public", docs)
+    for words in (["--centre"], ["--epsilon", 1], ["--embedder", "other"], ["--publish", tmp_path / "x"]):
+        refuses("neither --publish nor --centre nor --epsilon", docs, *words, "--public", docs,
+                anchor=olmo2_dir if "--publish" in words else tmp_path / "anchor")
+    refuses("no.jsonl does not exist", docs, "--public", tmp_path / "no.jsonl", anchor=tmp_path / "anchor")
     refuses("no.jsonl does not exist", tmp_path / "no.jsonl")
     refuses("--documents 0: expected a number of at least 1", docs, "--documents", 0)
     refuses("--seed -1: expected a number of at least 0", docs, "--seed", -1)

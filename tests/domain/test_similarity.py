@@ -46,7 +46,7 @@ def test_table(files, capsys):
     assert ["news", "2", "x", "3", "anchor@abababababab", "cdcdcdcdcdcd", "1,000", "2", "7", "1", "none"] in lines
     law = " ".join(next(line for line in lines if line[:2] == ["law", "2"]))
     assert "2 8 1 epsilon 2, delta 1e-06, clip 1, sigma 0.00" in law
-    assert "- : vectors of different embedders, anchors or sizes, or with and without --centre, cannot be" in printed
+    assert "- : vectors of different embedders, anchors or sizes, or of different kinds, cannot be" in printed
 
 
 def test_json(files, capsys):
@@ -58,7 +58,7 @@ def test_json(files, capsys):
     assert pair["cosine"] == pytest.approx(0.5**1.5, abs=1e-6)
     assert description["vectors"][0] == {
         "path": files["news"], "rows": 2, "width": 3, "embedder": "anchor", **DIGESTS, "documents": 1000, "dropped": 2,
-        "seed": 7, "norm": 1.0, "privacy": None, "centred": False}
+        "seed": 7, "norm": 1.0, "privacy": None, "centred": False, "discriminant": False}
 
 
 def test_one_vector_has_no_table_of_similarities(files, capsys):

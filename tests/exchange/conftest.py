@@ -37,8 +37,8 @@ def build_anchor(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> LazyMode
 
 
 def build_pair(seed: int, digest: str | None, *, ffn: int = SIZES.ffn_hidden_size, bias: bool = False,
-               dtype: torch.dtype = torch.bfloat16) -> LazyModel:
-    model = replace(SIZES, num_experts=2, top_k=2, ffn_hidden_size=ffn, router_bias=bias)
+               window: int = 1, dtype: torch.dtype = torch.bfloat16) -> LazyModel:
+    model = replace(SIZES, num_experts=2, top_k=2, ffn_hidden_size=ffn, router_bias=bias, router_window=window)
     experts = [ExpertRecord(PUBLIC), ExpertRecord("mine", router={"embedder": "anchor", "documents": 1000})]
     training = {"tokens": 4096, "steps": 8, "lr": 9e-4, "seed": 1}
     return build(ModelCard("pair", model, experts, anchor_digest=digest, training=training), seed, dtype)

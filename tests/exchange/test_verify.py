@@ -227,6 +227,17 @@ class Bomb:
         return open, (str(self.marker), "w")
 
 
+def test_a_header_as_long_as_a_pickle_begins_is_no_pickle(raw, anchor, tmp_path):
+    """1152 bytes, in eight of them: 80 04 00 …, the first two bytes of pickle protocol 4."""
+    path = raw.write(tmp_path / "p")
+    data = (path / "expert.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    assert length < 1152
+    padded = (1152).to_bytes(8, "little") + data[8 : 8 + length] + b" " * (1152 - length) + data[8 + length :]
+    assert padded[:2] == pickle.dumps(None, protocol=4)[:2]
+    verify(raw.write(tmp_path / "q", tensor_file=padded), anchor)
+
+
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5, "zip"])
 def test_pickle_in_place_of_the_tensor_file(raw, refused, tmp_path, protocol):
     marker = tmp_path / "was unpickled"

@@ -13,6 +13,9 @@ from flexolmo_megatron.evaluation.methods.base import Method, Models, Settings, 
 _PAPER = "arXiv 2507.07024"
 ABLATIONS: Mapping[str, str] = {
     "no coordination": "experts are the FFNs of the owners' dense models, not trained beside the anchor",
+    "no window": "each token is routed by its own logits alone, as in the paper",
+    "trained rows": "router rows start at domain vectors and train, with a margin loss, instead of being discriminants",
+    "no routing noise": "experts learn without noise on the routing",
     "no embedding init": "router rows start at random instead of at a domain vector",
     "no bias": "router rows have no bias",
     "no embedding init, no bias": "router rows start at random and have no bias",
@@ -21,7 +24,7 @@ ABLATIONS: Mapping[str, str] = {
     "centred rows": "router rows start at the difference of the domain vector from the anchor's row",
     "anchor KL": "owners' losses keep the pair near the anchor on public text, half of what they read",
     "calibrated temperature": "all router rows divided by a number that is chosen on public text",
-    "no replay": "owners train on their own documents alone, so without the margin too",
+    "no replay": "owners train on their own documents alone",
     "paper": "the paper's setting throughout",
 }
 """What is different in each ablation that has a usual name (tables 1 and 3 of the paper)."""

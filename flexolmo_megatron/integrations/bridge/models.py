@@ -79,7 +79,7 @@ class FlexOlmoProvider(FlexOlmoTransformerConfig, GPTModelProvider):
 
 _ARCHITECTURE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
                  "kv_channels", "vocab_size", "rotary_base", "layernorm_epsilon", "num_moe_experts", "moe_router_topk",
-                 "router_bias")
+                 "router_bias", "router_window")
 """What nobody may change of a provider."""
 
 

@@ -89,6 +89,8 @@ def _add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--flexolmo-no-bias", action="store_true", help="Train no router bias.")
     group.add_argument("--flexolmo-ffn-hidden-size", type=int, metavar="N",
                        help="Inner width of the expert (default: the anchor's).")
+    group.add_argument("--flexolmo-router-window", type=int, metavar="N", default=1,
+                       help="Positions over which routing logits are averaged (default: %(default)s, the paper's).")
     return parser
 
 
@@ -104,19 +106,22 @@ class LaunchArguments:
 
     def __call__(self, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         ours, _ = _add_options(argparse.ArgumentParser(add_help=False, allow_abbrev=False)).parse_known_args()
-        defaults: dict[str, Any] = _OURS | dict(rotary_base=500_000, layernorm_epsilon=1e-6, router_bias=False)
+        defaults: dict[str, Any] = _OURS | dict(rotary_base=500_000, layernorm_epsilon=1e-6, router_bias=False,
+                                                router_window=1)
         self.required = {name: (value, "as all models here have it") for name, value in _OLMO2.items()}
         if ours.flexolmo_anchor is not None:
             self.config.anchor = ours.flexolmo_anchor
             self.config.expert = ExpertConfig(ours.flexolmo_expert, ours.flexolmo_domain_vector,
                                               bias=not ours.flexolmo_no_bias,
-                                              ffn_hidden_size=ours.flexolmo_ffn_hidden_size)
+                                              ffn_hidden_size=ours.flexolmo_ffn_hidden_size,
+                                              router_window=ours.flexolmo_router_window)
             self.plan = plan_expert(self.config)
             pair = self.plan.card.model
             architecture = _sizes(pair) | _PAIR | dict(moe_ffn_hidden_size=pair.ffn_hidden_size)
             self.required |= {name: (value, "as the anchor demands") for name, value in architecture.items()}
             defaults |= dict(
                 router_bias=pair.router_bias,
+                router_window=pair.router_window,
                 anchor_ffn_hidden_size=self.plan.anchor_ffn_hidden_size,
                 moe_z_loss_coeff=TrainConfig.moe_z_loss_coeff,
                 # Reading .bin/.idx needs no tokenizer; another one may be named.

@@ -105,7 +105,8 @@ class FlexOlmoConfig(llm.GPTConfig, FlexOlmoTransformerConfig):
         Raises:
             FlexOlmoError: it cannot be opened, or is of another kind.
         """
-        owner = ExpertConfig(self.expert, self.domain_vector, bias=self.router_bias)
+        owner = ExpertConfig(self.expert, self.domain_vector, bias=self.router_bias,
+                             router_window=self.router_window)
         config = TrainConfig(out=".", anchor=self.start_from, model=self.model_config(), expert=owner)
         if self.proxies:
             config.anchor, config.merged = None, self.start_from
