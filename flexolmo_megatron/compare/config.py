@@ -15,7 +15,6 @@ from flexolmo_megatron.config.layout import data_parallel_size
 from flexolmo_megatron.config.load import load_config, parse_override, read_yaml
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import ParallelConfig, RouterTrainConfig, TrainConfig
-from flexolmo_megatron.domain.embed import ANCHOR
 from flexolmo_megatron.errors import FlexOlmoError, nearest
 from flexolmo_megatron.launch.config import SlurmConfig
 from flexolmo_megatron.launch.load import reject_unknown
@@ -171,7 +170,7 @@ def owner_options(config: CompareConfig, variant: str | None) -> tuple[dict[str,
     if variant in ABLATIONS and not options.get("embed.discriminant"):  # there the rows train already
         changes = {key: value for key, value in changes.items() if (key, value) not in TRAINED_ROWS.items()}
     changes = {f"embed.{key}": value for key, value in flatten(config.embed).items()} | changes
-    if options.get("embed.discriminant") and changes.get("embed.embedder", ANCHOR) != ANCHOR:
+    if options.get("embed.discriminant") and changes.get("embed.embedder", "anchor") != "anchor":
         options |= TRAINED_ROWS
     options |= changes
     of_embed = {key.removeprefix("embed."): value for key, value in options.items() if key.startswith("embed.")}

@@ -29,7 +29,7 @@ OPTIONS = ["data.seq_length=16", "global_batch_size=4", "micro_batch_size=1", "e
            "optimizer.lr=3e-3", "optimizer.lr_warmup_iters=2", "optimizer.adam_eps=1e-3",
            "log_interval=100"]
 MOE_SIZES = [f"model.{name}={value}" for name, value in vars(SIZES).items()
-             if name not in ("num_experts", "top_k", "router_bias", "init_method_std")]
+             if name not in ("num_experts", "top_k", "router_bias", "router_window", "init_method_std")]
 DISTRIBUTED_OPTIMIZER = "optimizer.use_distributed_optimizer=true"
 
 
@@ -98,9 +98,9 @@ RUNS = [(kind, name) for kind in ALONE for name in [*ALONE[kind], *CHAINS[kind]]
 
 def _command(kind: str, world: Path, name: str, *options: str, steps: int = STEPS) -> list[str]:
     start = (["expert", f"anchor={world}/anchor", "expert.name=own", "expert.random_row=true",
-              "expert.routing_noise=0.5"] if kind == "pair"
+              "expert.routing_noise=0.5", "expert.router_window=5"] if kind == "pair"
              else ["moe", *MOE_SIZES, "model.num_experts=4", "model.top_k=2", "model.router_bias=true",
-                   "model.init_method_std=0.1"])
+                   "model.router_window=5", "model.init_method_std=0.1"])
     return ["train", *start, *OPTIONS, f"train_iters={steps}", f"data.train=[{world}/own]",
             f"data.valid=[{world}/own]", f"out={world / kind / name}", *options]
 
