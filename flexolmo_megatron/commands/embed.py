@@ -189,9 +189,9 @@ def run(args: argparse.Namespace) -> None:
     kind = f"with norm {vector.norm:g}" if public is None else f"that are discriminants times {vector.norm:g}"
     print(f"{args.out}: {rows} row{'s' * (rows > 1)} of {width} numbers {kind}, by {vector.record()['embedder']}")
     if public is not None:
-        gains = np.einsum("lh,lh->l", vector.vectors, public.mean_Lh) + vector.biases
-        print("mean log-likelihood ratio of a token of the public documents, in nats by layer: "
-              + " ".join(f"{gain:.2f}" for gain in gains))
+        margins = np.einsum("lh,lh->l", vector.vectors, public.mean_Lh) + vector.biases
+        print("mean of the owner's logit less the anchor's on the public documents, by layer: "
+              + " ".join(f"{margin:.2f}" for margin in margins))
     print(f"{vector.documents:,} documents averaged, {vector.dropped:,} dropped because their embedding was not finite")
     if privacy:
         sigma = privacy.sigma(vector.documents, rows)

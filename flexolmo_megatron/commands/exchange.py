@@ -109,9 +109,9 @@ def run_pack(args: argparse.Namespace) -> None:
 
     pair = open_model(args.checkpoint)
     anchor = None if args.anchor is None else open_model(args.anchor)
-    if args.router_window is not None and (args.domain_vector is None or args.router_window < 1):
-        raise FlexOlmoError(f"--router-window {args.router_window}: expected at least 1, and --domain-vector; a pair "
-                            "says itself what it was trained with")
+    if args.router_window is not None and args.domain_vector is None:
+        raise FlexOlmoError(f"--router-window {args.router_window} without --domain-vector: a pair says itself what it "
+                            "was trained with")
     if args.domain_vector is not None:
         pair = _uncoordinated(pair, anchor, args)
     digest = None
@@ -147,7 +147,7 @@ def _uncoordinated(dense: "LazyModel", anchor: "LazyModel | None", args: argpars
         raise FlexOlmoError(f"{args.domain_vector} was made with another anchor (digest {vector.dense_digest[:12]}…): "
                             f"expected one made with {args.anchor} (digest {digest[:12]}…)")
     return as_pair(dense, owner_router(vector, anchor), ExpertRecord(args.name, router=vector.record()),
-                   args.router_window or 1)
+                   1 if args.router_window is None else args.router_window)
 
 
 def run_verify(args: argparse.Namespace) -> None:

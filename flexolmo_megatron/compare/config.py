@@ -162,19 +162,38 @@ def owner_options(config: CompareConfig, variant: str | None) -> tuple[dict[str,
         config: all.
         variant: name of the ablation; None for FlexOlmo.
     """
-    changes = flatten({} if variant is None else {**ABLATIONS, **config.variants}[variant] or {})
+    changes = _asked(config, variant)
     setting = changes.pop("setting", None)
     changes.pop("calibrate", None)
     options = SETTINGS[setting or config.setting](config.steps.owner)
-    options = {**options, **(flatten(config.owner) if setting is None else {})}
-    if variant in ABLATIONS and not options.get("embed.discriminant"):  # there the rows train already
-        changes = {key: value for key, value in changes.items() if (key, value) not in TRAINED_ROWS.items()}
-    changes = {f"embed.{key}": value for key, value in flatten(config.embed).items()} | changes
-    if options.get("embed.discriminant") and changes.get("embed.embedder", "anchor") != "anchor":
+    if options.get("embed.discriminant") and not _can_discriminate(changes):
         options |= TRAINED_ROWS
-    options |= changes
-    of_embed = {key.removeprefix("embed."): value for key, value in options.items() if key.startswith("embed.")}
-    return {key: value for key, value in options.items() if not key.startswith("embed.")}, of_embed
+    options |= (flatten(config.owner) if setting is None else {}) | changes
+    return {key: value for key, value in options.items() if not key.startswith("embed.")}, _of_embed(options)
+
+
+def public_embed(config: CompareConfig, variant: str | None) -> dict[str, Any]:
+    """Return the options of `flexolmo embed` for the anchor's own row: a setting's are about owners' rows alone, which
+    are compared with the anchor's."""
+    embed = _of_embed(_asked(config, variant))
+    return {key: value for key, value in embed.items() if key not in ("centre", "discriminant")}
+
+
+def _asked(config: CompareConfig, variant: str | None) -> dict[str, Any]:
+    """What the sections embed and variants, or the ablation's name, ask for."""
+    changes = flatten({} if variant is None else {**ABLATIONS, **config.variants}[variant] or {})
+    return {f"embed.{key}": value for key, value in flatten(config.embed).items()} | changes
+
+
+def _of_embed(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix("embed."): value for key, value in options.items()
+            if key.startswith("embed.") and value is not None and value is not False}
+
+
+def _can_discriminate(options: Mapping[str, Any]) -> bool:
+    """Whether `flexolmo embed --public` goes with the other options, and was not declined."""
+    usual = {"embedder": "anchor", "epsilon": None, "centre": False, "discriminant": True}
+    return all(options.get(f"embed.{key}", value) == value for key, value in usual.items())
 
 
 def ablation_folder(name: str) -> str:

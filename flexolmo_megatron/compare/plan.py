@@ -15,6 +15,7 @@ from flexolmo_megatron.compare.config import (
     flatten,
     is_calibrated,
     owner_options,
+    public_embed,
     training_config,
 )
 from flexolmo_megatron.compare.report import write_report
@@ -129,7 +130,7 @@ class _Seed:
                          self.data(PUBLIC), (f"data/{PUBLIC}",), kind="public",
                          given=flatten({"model": asdict(config.model)}))
         self.anchor_run = self.path(run, "run")
-        anchor = self.publish("anchor", owner_options(config, None)[1])
+        anchor = self.publish("anchor", public_embed(config, None))
         models["public"] = self.path(anchor, "model")
         inputs = [anchor]
         if any(family in DENSE_FAMILIES for family in self.chosen):
@@ -162,8 +163,8 @@ class _Seed:
                                   tuple(inputs), tokens, flops, parallel=True))
 
     def publish(self, name: str, embed: Mapping[str, Any]) -> str:
-        """The anchor with its router row, an owner's in no form: there is nothing to compare it with."""
-        config, embed = self.config, _public_row(embed)
+        """The anchor with its router row."""
+        config = self.config
         return self.plan.add(Step(
             f"{self.prefix}/{name}", "the published anchor",
             work.publish(self.anchor_run, config.public.train, config.text_key, embed), {"embed": embed},
@@ -247,9 +248,9 @@ class _Seed:
             its_anchor, vectors = anchor, "vectors"
             if options[1] != usual[1]:
                 vectors = f"{folder}/vectors"
-                if _public_row(options[1]) != _public_row(usual[1]):
+                if public_embed(config, name) != public_embed(config, None):
                     # Rows of other embedders have nothing to do with each other.
-                    its_anchor = self.publish(f"{folder}/anchor", options[1])
+                    its_anchor = self.publish(f"{folder}/anchor", public_embed(config, name))
                 self.add_vectors(vectors, its_anchor, options[1])
             step = usual_merged if options == usual else None  # only what comes after the merge differs
             step = step or self.add_merged(f"{folder}/", name, its_anchor, vectors)
@@ -279,14 +280,17 @@ class _Seed:
                 f"{folder}experts/{owner}", "owner", f"train the expert {owner}{of}", config.model, config.steps.owner,
                 self.data(owner), (anchor, f"{self.prefix}/{vectors}/{owner}", f"data/{owner}", f"data/{PUBLIC}"),
                 kind=variant or "owner", given=self.owner_given(owner, anchor, vectors), options=options))
+        window = None  # pairs say themselves what theirs is; dense copies get that of FlexOlmo's pairs
+        if not self.comparison.runs[steps[0]].expert.coordination:
+            window = owner_options(config, None)[0].get("expert.router_window", 1)
         do = work.merge(
             self.path(anchor, "model"), {owner: self.path(step, "run") for owner, step in
                                          zip(self.owners, steps, strict=True)},
             {owner: self.path(self.prefix, vectors, owner, "domain.npz") for owner in self.owners},
-            self.comparison.runs[steps[0]].expert.coordination,
-            owner_options(config, None)[0].get("expert.router_window", 1), config.active)
-        return self.plan.add(Step(f"{self.prefix}/{folder}merged", f"pack and merge the experts{of}", do,
-                                  {"top_k": config.active}, (anchor, *steps)))
+            window, config.active)
+        options = {"top_k": config.active} | ({} if window is None else {"router_window": window})
+        return self.plan.add(Step(f"{self.prefix}/{folder}merged", f"pack and merge the experts{of}", do, options,
+                                  (anchor, *steps)))
 
     def add_router(self, merged: str) -> str:
         given = {"merged": str(self.path(merged, "model")),
@@ -303,12 +307,6 @@ class _Seed:
         comparison.scores[seed] = self.plan.add(Step(
             f"{self.prefix}/scores", "evaluate all methods", lambda folder: score(comparison, seed, folder), options,
             tuple(inputs), renewed=True))
-
-
-def _public_row(embed: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `embed` that the anchor's own row follows, too; discriminants have some of their own."""
-    own = ("centre", "discriminant", *(["scale", "max_tokens"] if embed.get("discriminant") else []))
-    return {key: value for key, value in embed.items() if key not in own and value is not None}
 
 
 def _chosen(config: TrainConfig) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def _default(steps: int) -> dict[str, Any]:
 
 TRAINED_ROWS = {"embed.discriminant": False, "embed.max_tokens": None, "embed.scale": None,
                 "expert.domain_loss_coeff": 0.025, "optimizer.router_lr": 1e-3}
-"""Rows that start at domain vectors and learn a margin: of other embedders there are no discriminants."""
+"""What a setting with discriminants becomes where there are none: rows start at domain vectors and learn a margin."""
 
 
 SETTINGS: Mapping[str, Callable[[int], dict[str, Any]]] = {"default": _default, "paper": _paper}
@@ -58,15 +58,15 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no coordination": {"expert.coordination": False, "expert.domain_loss_coeff": 0.0, "expert.routing_noise": 0.0,
                         "expert.anchor_kl_coeff": 0.0, "expert.router_window": 1},
     "no window": {"expert.router_window": 1},
-    "trained rows": TRAINED_ROWS,
-    "no embedding init": {**TRAINED_ROWS, "expert.random_row": True},
-    "no bias": {"expert.bias": False},
-    "no embedding init, no bias": {**TRAINED_ROWS, "expert.random_row": True, "expert.bias": False},
-    "centred rows": {**TRAINED_ROWS, "embed.centre": True},
+    "trained rows": {"embed.discriminant": False},
+    "no embedding init": {"embed.discriminant": False, "expert.random_row": True},
+    "no bias": {"embed.discriminant": False, "expert.bias": False},
+    "no embedding init, no bias": {"embed.discriminant": False, "expert.random_row": True, "expert.bias": False},
+    "centred rows": {"embed.centre": True},
     "no routing noise": {"expert.routing_noise": 0.0},
     "anchor KL": {"data.public_share": 0.5, "expert.anchor_kl_coeff": 1.0},
     "calibrated temperature": {"calibrate": True},
-    "no replay": {"data.public_share": 0.0},
+    "no replay": {"data.public_share": 0.0, "expert.domain_loss_coeff": 0.0},
     "paper": {"setting": "paper"},
 }
 """What each usual ablation changes; setting replaces the whole setting, and the options of the section owner; calibrate

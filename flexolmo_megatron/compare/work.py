@@ -95,16 +95,15 @@ def as_words(options: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def merge(anchor: Path, experts: Mapping[str, Path], vectors: Mapping[str, Path], coordinated: bool,
-          router_window: int, top_k: int) -> Work:
+def merge(anchor: Path, experts: Mapping[str, Path], vectors: Mapping[str, Path], window: int | None,
+          top_k: int) -> Work:
     """The owners' packages ``packages/NAME``, and what is merged from them, ``model``.
 
     Args:
         anchor: published.
         experts: by owner, the training run.
         vectors: by owner, the domain vector.
-        coordinated: the runs are pairs, not dense copies.
-        router_window: that of pairs; dense copies get the same.
+        window: router_window of dense copies, trained without coordination; None for pairs.
         top_k: active experts of the result.
     """
     def work(folder: Path) -> None:
@@ -112,8 +111,8 @@ def merge(anchor: Path, experts: Mapping[str, Path], vectors: Mapping[str, Path]
         for owner, run in experts.items():
             if not (folder / "packages" / owner).exists():
                 dense = ["--name", owner, "--anchor", str(anchor), "--domain-vector", str(vectors[owner]),
-                         "--router-window", str(router_window)]
-                command("pack", str(run), str(folder / "packages" / owner), *([] if coordinated else dense))
+                         "--router-window", str(window)]
+                command("pack", str(run), str(folder / "packages" / owner), *([] if window is None else dense))
         if not (folder / "model").exists():
             command("merge", "--anchor", str(anchor), *(str(folder / "packages" / owner) for owner in experts),
                     "--top-k", str(top_k), "--out", str(folder / "model"))

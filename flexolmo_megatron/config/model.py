@@ -5,6 +5,9 @@ from typing import Any
 
 from flexolmo_megatron.errors import FlexOlmoError, nearest
 
+MAX_ROUTER_WINDOW = 65_536
+"""Longer windows would only cost: no text needs them."""
+
 
 @dataclass
 class ModelConfig:
@@ -60,7 +63,6 @@ class ModelConfig:
             "num_query_groups",
             "vocab_size",
             "max_position_embeddings",
-            "router_window",
         ):
             if getattr(self, name) < 1:
                 raise FlexOlmoError(f"model.{name} = {getattr(self, name)}: expected a number of at least 1")
@@ -86,6 +88,8 @@ class ModelConfig:
             raise FlexOlmoError(f"model.top_k = {self.top_k}: expected 1 to model.num_experts = {self.num_experts}")
         if not self.num_experts and (self.top_k or self.router_bias or self.router_window != 1):
             raise FlexOlmoError("model.top_k, model.router_bias and model.router_window need model.num_experts > 0")
+        if not 1 <= self.router_window <= MAX_ROUTER_WINDOW:
+            raise FlexOlmoError(f"model.router_window = {self.router_window}: expected 1 to {MAX_ROUTER_WINDOW}")
 
     def dense(self) -> "ModelConfig":
         """Return the architecture without experts."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from flexolmo_megatron.config.model import ModelConfig
+from flexolmo_megatron.config.model import MAX_ROUTER_WINDOW, ModelConfig
 from flexolmo_megatron.config.precision import Fp8Config
 from flexolmo_megatron.errors import FlexOlmoError
 
@@ -233,6 +233,15 @@ class TrainConfig:
             raise FlexOlmoError(f"expert.domain_margin = {self.expert.domain_margin}: expected a number above 0")
         if not 0 <= self.expert.routing_noise < math.inf:
             raise FlexOlmoError(f"expert.routing_noise = {self.expert.routing_noise}: expected a number of 0 or more")
+        if not 1 <= self.expert.router_window <= MAX_ROUTER_WINDOW:
+            raise FlexOlmoError(
+                f"expert.router_window = {self.expert.router_window}: expected 1 to {MAX_ROUTER_WINDOW}"
+            )
+        if self.expert.router_window > 1 and not self.expert.coordination:
+            raise FlexOlmoError(
+                f"expert.router_window = {self.expert.router_window}: without coordination no router is trained; "
+                "expected 1, `flexolmo pack` takes it"
+            )
         self._validate_anchor_kl_layout()
 
     def _validate_anchor_kl_layout(self) -> None:

@@ -185,10 +185,6 @@ def save_huggingface(model: LazyModel, path: str | os.PathLike, drop_bias: bool 
     if model.card.kind == "pair":
         raise FlexOlmoError("this checkpoint is a pair, which holds only what its owner trained and is no whole "
                             "model: expected a dense or merged one (pack the pair and merge it into its anchor first)")
-    if model.card.model.router_window != 1:
-        raise FlexOlmoError(f"the model's routing logits are averaged over {model.card.model.router_window} positions, "
-                            "which the Hugging Face format has no place for: expected router_window = 1; keep this "
-                            "model as a Megatron checkpoint")
     if model.card.model.router_bias:
         if not drop_bias:
             raise FlexOlmoError("the model has a learned router bias, for which the Hugging Face format has no place: "

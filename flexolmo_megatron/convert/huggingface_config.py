@@ -118,7 +118,14 @@ def render_config(config: ModelConfig, kind: Kind, dtype: torch.dtype,
         dtype: of the weights.
         special_tokens: values for SPECIAL_TOKENS; absent ones are written as null, because the defaults of transformers
             are ids that a small vocabulary does not have.
+
+    Raises:
+        FlexOlmoError: the model has a router_window.
     """
+    if config.router_window != 1:
+        raise FlexOlmoError(f"the model's routing logits are averaged over {config.router_window} positions, which the "
+                            "Hugging Face format has no place for: expected router_window = 1; keep this model as a "
+                            "Megatron checkpoint")
     model_type, architecture = _ARCHITECTURES[kind]
     dtype_name = str(dtype).removeprefix("torch.")
     values = {

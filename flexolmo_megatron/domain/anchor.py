@@ -65,21 +65,22 @@ class AnchorEmbedder:
         parts_PLh = torch.stack(means, dim=1)
         return parts_PLh.new_zeros(len(texts), *parts_PLh.shape[1:]).index_add_(0, documents_P, parts_PLh).cpu().numpy()
 
-    def moments(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum up the mean states x and the mean products x x^T of documents, each with a token at least.
+    def add_moments(self, texts: Sequence[str], means_Lh: torch.Tensor, products_Lhh: torch.Tensor) -> None:
+        """Add the mean states x and the mean products x x^T of documents, each with a token at least.
 
-        Returns:
-            float64 `[L, h]` and `[L, h, h]` on the anchor's device.
+        Args:
+            texts: documents.
+            means_Lh, products_Lhh: float64, on ``device``; added to.
         """
-        means, products = [], []
+        layers = iter(range(len(means_Lh)))
 
         def record(states_SPh: torch.Tensor, weight_SP: torch.Tensor) -> None:
-            means.append(torch.einsum("sph,sp->h", states_SPh, weight_SP).double())
-            weighted_Th = (states_SPh * weight_SP.sqrt()[..., None]).flatten(0, 1)
-            products.append((weighted_Th.T @ weighted_Th).double())
+            layer = next(layers)
+            states_Th, weight_T = states_SPh.double().flatten(0, 1), weight_SP.double().flatten()
+            means_Lh[layer] += weight_T @ states_Th
+            products_Lhh[layer].addmm_(states_Th.T * weight_T, states_Th)
 
         self._read(texts, record)
-        return torch.stack(means), torch.stack(products)
 
     @torch.no_grad()
     def _read(self, texts: Sequence[str], record: Callable[[torch.Tensor, torch.Tensor], None]) -> torch.Tensor:

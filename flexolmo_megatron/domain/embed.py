@@ -191,7 +191,7 @@ def domain_vector(
     biases = None
     if public is not None:
         rows, biases = public.discriminants(rows)
-        biases = (biases * norm).clip(max=0).astype(np.float32)  # as routers use them
+        biases = (biases * norm).astype(np.float32)
     else:
         rows = _directions(rows, f"the embeddings of {len(texts)} documents by {embedder.name} average to")
     if centre is not None:

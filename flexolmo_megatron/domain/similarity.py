@@ -28,7 +28,7 @@ def _kind(vector: DomainVector) -> tuple[Any, ...]:
 
 
 def _unit_rows(vector: DomainVector) -> np.ndarray:
-    lengths = np.linalg.norm(vector.vectors, axis=1, keepdims=True) if vector.biases is not None else vector.norm
+    lengths = vector.norm if vector.biases is None else np.linalg.norm(vector.vectors, axis=1, keepdims=True)
     return vector.vectors / lengths
 
 

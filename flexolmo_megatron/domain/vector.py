@@ -33,6 +33,8 @@ MAX_HIDDEN = 2**20
 MAX_NAME = 256
 """Longest name of an embedder, in characters."""
 
+_SHORTEST = 1e-9
+"""Of a discriminant's row, and the inverse of the longest: far beyond what is of use, and safe to compute with."""
 _OPTIONS = {"privacy", "centred"}
 """Metadata that the file of a vector without them does not have."""
 _ARRAYS = ("vectors.npy", "metadata.npy", "biases.npy")
@@ -63,7 +65,7 @@ class DomainVector:
     privacy: GaussianMechanism | None = None
     """The noise that was added before, if any; then ``documents`` counts what was not finite, too, as zeros."""
     centred: bool = False
-    """Whether the rows are differences from the anchor's own rows, to which ``owner_rows`` adds them."""
+    """Whether the rows are differences from the anchor's own rows, to which ``owner_router`` adds them."""
     biases: np.ndarray | None = None
     """Of linear discriminants (``discriminant.py``), which are centred: float32 `[L]`, at most 0. Otherwise None."""
 
@@ -100,8 +102,10 @@ class DomainVector:
         if biases.dtype != np.float32 or biases.shape != self.vectors.shape[:1] or not self.centred:
             raise FlexOlmoError(f"biases are {biases.dtype} {list(biases.shape)}, centred = {self.centred}: expected "
                                 f"float32 [{len(self.vectors)}], one for each row, and centred vectors")
-        if not (np.isfinite(self.vectors).all() and np.isfinite(biases).all() and (biases <= 0).all()):
-            raise FlexOlmoError("the vectors or biases are not finite, or a bias is above 0")
+        lengths = np.linalg.norm(self.vectors.astype(np.float64), axis=1)
+        if not ((lengths > _SHORTEST) & (lengths < 1 / _SHORTEST) & (biases > -1 / _SHORTEST) & (biases <= 0)).all():
+            raise FlexOlmoError(f"a row has no length between {_SHORTEST:g} and {1 / _SHORTEST:g}, or a bias is above "
+                                "0 or no number")
 
     def row(self, layer: int) -> np.ndarray:
         """Return the float32 row `[h]` that the router of ``layer`` (from 0) starts from."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from flexolmo_megatron.config.card import ROUTER_FIELDS, check_expert_name
+from flexolmo_megatron.config.model import MAX_ROUTER_WINDOW
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.untrusted import (
     check_digest,
@@ -72,8 +73,9 @@ class Manifest:
             check_digest(key, getattr(self, key))
         for key in ("owner", "licence", "contact"):
             check_text(key, getattr(self, key))
-        for key in ("num_layers", "hidden_size", "ffn_hidden_size", "router_window"):
-            check_number(f"architecture.{key}", getattr(self.architecture, key), int, smallest=1, largest=MAX_SIZE)
+        sizes = dict.fromkeys(("num_layers", "hidden_size", "ffn_hidden_size"), MAX_SIZE)
+        for key, largest in {**sizes, "router_window": MAX_ROUTER_WINDOW}.items():
+            check_number(f"architecture.{key}", getattr(self.architecture, key), int, smallest=1, largest=largest)
         if self.architecture.dtype not in DTYPES:
             raise FlexOlmoError(f"architecture.dtype = {shown(self.architecture.dtype)}: expected one of "
                                 f"{', '.join(DTYPES)}")

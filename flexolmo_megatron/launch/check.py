@@ -23,6 +23,10 @@ def check_layouts(config: LaunchConfig, stages: dict[str, list[str]]) -> None:
         FlexOlmoError: one cannot, or the published anchor is none.
     """
     made = "anchor" in stages
+    for word in {"--public", "--centre"} & set(config.embed_arguments if made else []):
+        raise FlexOlmoError(f"embed_arguments: {word} compares with a published anchor, which is for experts alone: "
+                            "expected it in experts.embed_arguments")
+    _check_windows(config, stages)
     if made:
         training = training_config(config, "anchor")
         _check(config, "anchor", training, training.model.dense(), "dense", None, "anchor")
@@ -43,6 +47,17 @@ def check_layouts(config: LaunchConfig, stages: dict[str, list[str]]) -> None:
         experts = 1 + len(expert_names(config)) + len(config.merge.packages)
         merged = replace(anchor, num_experts=experts, top_k=1)
         _check(config, "router", training_config(config, "router"), merged, "moe", None, "router")
+
+
+def _check_windows(config: LaunchConfig, stages: dict[str, list[str]]) -> None:
+    """Check that the experts can be merged as far as their routers go."""
+    windows = {name: training_config(config, "experts", name).expert.router_window
+               for name in stages.get("experts", ())}
+    for name, window in windows.items() if config.merge else ():
+        first, expected = next(iter(windows.items()))
+        if window != expected:
+            raise FlexOlmoError(f"experts.each.{name}: expert.router_window = {window}, and {expected} for {first}: "
+                                "expected the same for all experts of a model")
 
 
 def _published(config: LaunchConfig) -> ModelConfig:

@@ -95,6 +95,8 @@ class ExpertsJob:
     """YAML files for `flexolmo train --config`, for all experts."""
     options: list[str] = field(default_factory=list)
     """KEY=VALUE options for `flexolmo train`, for all experts."""
+    embed_arguments: list[str] = field(default_factory=list)
+    """Further words for the experts' `flexolmo embed`, for example [--public, 'news/*.jsonl']."""
     slurm: dict[str, Any] = field(default_factory=dict)
     """What each of these jobs asks for otherwise than the section slurm."""
 
@@ -141,7 +143,7 @@ class LaunchConfig:
     published: str | None = None
     """Published anchor, where there is no job `anchor` that makes one."""
     embed_arguments: list[str] = field(default_factory=list)
-    """Further words for every `flexolmo embed`, for example [--embedder, NAME]."""
+    """Further words for every `flexolmo embed`, the anchor's too, for example [--embedder, NAME]."""
     anchor: AnchorJob | None = None
     """Section of the job that trains and publishes the anchor; none to start from `published`."""
     experts: ExpertsJob | None = None

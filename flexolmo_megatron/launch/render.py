@@ -55,7 +55,8 @@ def render_experts(config: LaunchConfig, names: list[str]) -> str:
     every = list(job.each)
     cases = "\n".join(_case(index, name, job, expert) for index, (name, expert) in enumerate(job.each.items()))
     return _render("experts", config, "logs/experts_%a.log", array=",".join(str(every.index(name)) for name in names),
-                   anchor=shlex.quote(published_anchor(config)), cases=cases, embed=shlex.join(config.embed_arguments))
+                   anchor=shlex.quote(published_anchor(config)), cases=cases,
+                   embed=shlex.join([*config.embed_arguments, *job.embed_arguments]))
 
 
 def _case(index: int, name: str, job: ExpertsJob, expert: Expert) -> str:

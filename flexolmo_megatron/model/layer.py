@@ -9,6 +9,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.model.config import FlexOlmoTransformerConfig
 
 
@@ -53,3 +54,18 @@ class FlexOlmoLayer(TransformerLayer):
         self.post_mlp_layernorm = build_module(submodules.post_mlp_layernorm, **norm)
         self.self_attn_bda = _normed(self.post_self_attn_layernorm, self.self_attn_bda)
         self.mlp_bda = _normed(self.post_mlp_layernorm, self.mlp_bda)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Megatron's, but that a router's window needs whole sequences, each by itself.
+
+        Raises:
+            FlexOlmoError: one pass has only the newest positions of sequences, or several sequences in one.
+        """
+        router = getattr(self.mlp, "router", None)
+        if router is not None and self.config.router_window > 1:
+            cached = kwargs.get("inference_context") is not None and router.history is None
+            if cached or kwargs.get("packed_seq_params") is not None:
+                raise FlexOlmoError(f"router_window = {self.config.router_window} with "
+                                    f"{'a key/value cache' if cached else 'packed sequences'}: expected 1; "
+                                    "flexolmo_megatron.load_model generates with a window")
+        return super().forward(*args, **kwargs)

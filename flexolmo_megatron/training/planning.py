@@ -158,9 +158,6 @@ def plan_expert(config: TrainConfig) -> Plan:
         )
     pair = anchor.card.model.pair(config.expert.ffn_hidden_size, config.expert.bias, config.expert.router_window)
     if not config.expert.coordination:
-        if config.expert.router_window != 1:
-            raise FlexOlmoError("expert.router_window: without coordination no router is trained, `flexolmo pack` "
-                                "takes it")
         if config.expert.ffn_hidden_size is not None:
             raise FlexOlmoError("expert.ffn_hidden_size: without coordination the expert has the anchor's width")
         # The ablation: all weights of a dense copy train; packing takes its FFNs.

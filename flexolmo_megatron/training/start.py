@@ -170,6 +170,11 @@ def _first_router(config: TrainConfig, anchor: LazyModel) -> tuple[str, OwnerRou
         return _digests(anchor, dense=False)[0], router, {"embedder": "random", "documents": 0}
     vector = load_vector(config.expert.domain_vector)
     vector.check_fits(size.num_layers, size.hidden_size, config.expert.domain_vector)
+    if vector.biases is not None and not config.expert.bias:
+        raise FlexOlmoError(
+            f"{config.expert.domain_vector} holds discriminants, which say nothing without their biases: expected "
+            "expert.bias = true, or a vector from `flexolmo embed` without --public"
+        )
     digest, dense_digest = _digests(anchor, dense=True)
     if vector.dense_digest != dense_digest:
         raise FlexOlmoError(

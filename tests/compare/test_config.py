@@ -67,7 +67,11 @@ def test_an_ablation_changes_only_what_it_says(config_file: str) -> None:
     config = load_compare(config_file, ["owner.optimizer.lr=5e-4", "variants.wide={embed: {scale: 3}}",
                                         "variants.share={data.public_share: 0.25}"])
     usual, embed = owner_options(config, None)
-    assert owner_options(config, "no bias") == (usual | {"expert.bias": False}, embed)
+    assert owner_options(config, "no window") == (usual | {"expert.router_window": 1}, embed)
+    trained = owner_options(config, "trained rows")
+    assert trained == (usual | {"expert.domain_loss_coeff": 0.025, "optimizer.router_lr": 1e-3},
+                       {"documents": 10, "max_tokens": 32})
+    assert owner_options(config, "no bias") == (trained[0] | {"expert.bias": False}, trained[1])
     assert owner_options(config, "share") == (usual | {"data.public_share": 0.25}, embed)
     assert owner_options(config, "wide") == (usual, embed | {"scale": 3})
     paper = owner_options(config, "paper")[0]

@@ -52,30 +52,31 @@ def test_an_ablation_like_the_setting_is_left_out(config_file: str) -> None:
 
 
 def test_other_embeddings_have_an_anchor_of_their_own(config_file: str) -> None:
-    comparison = planned(config_file, "variants.fewer documents={embed.documents: 5}", "methods=[ablations]",
-                         "ablations=[]")
+    comparison = planned(config_file, "variants.long rows={embed.scale: 2}", "methods=[ablations]", "ablations=[]")
     steps = comparison.plan.steps
-    assert steps["seed_1/ablations/fewer_documents/anchor"].options == {"embed": {"documents": 5}}
-    assert "seed_1/ablations/fewer_documents/anchor" in steps["seed_1/ablations/fewer_documents/experts/math"].inputs
-    assert "seed_1/ablations/fewer_documents/vectors/math" in steps
-
-
-def test_discriminants_have_a_scale_of_their_own(config_file: str) -> None:
-    words = ["variants.long rows={embed.scale: 2}", "methods=[ablations]", "ablations=[]"]
-    steps = planned(config_file, *words).plan.steps
-    assert "seed_1/ablations/long_rows/anchor" not in steps
+    assert steps["seed_1/ablations/long_rows/anchor"].options == {"embed": {"documents": 10, "max_tokens": 32,
+                                                                            "scale": 2}}
+    assert "seed_1/ablations/long_rows/anchor" in steps["seed_1/ablations/long_rows/experts/math"].inputs
     assert steps["seed_1/ablations/long_rows/vectors/math"].options == {
         "embed": {"discriminant": True, "documents": 10, "max_tokens": 32, "scale": 2}}
     assert "data/public" in steps["seed_1/ablations/long_rows/vectors/math"].inputs
-    paper = planned(config_file, *words, "setting=paper").plan.steps
-    assert paper["seed_1/ablations/long_rows/anchor"].options["embed"]["scale"] == 2
+
+
+def test_what_a_setting_asks_of_owners_rows_is_not_for_the_anchors(config_file: str) -> None:
+    steps = planned(config_file, "methods=[flexolmo]").plan.steps
+    assert steps["seed_1/anchor"].options == {"embed": {"documents": 10, "max_tokens": 32}}
+    assert steps["seed_1/vectors/math"].options == {
+        "embed": {"discriminant": True, "documents": 10, "max_tokens": 32, "scale": 1.5}}
 
 
 def test_rows_of_another_embedder_train(config_file: str) -> None:
     comparison = planned(config_file, "embed.embedder=some/model", "methods=[flexolmo]")
-    assert comparison.plan.steps["seed_1/vectors/math"].options["embed"]["discriminant"] is False
+    assert "discriminant" not in comparison.plan.steps["seed_1/vectors/math"].options["embed"]
     run = comparison.runs["seed_1/experts/math"]
     assert run.optimizer.router_lr == 1e-3 and run.expert.domain_loss_coeff == 0.025
+    own = planned(config_file, "embed.epsilon=4", "owner.optimizer.router_lr=1e-2", "methods=[flexolmo]")
+    assert own.runs["seed_1/experts/math"].optimizer.router_lr == 1e-2
+    assert "discriminant" not in own.plan.steps["seed_1/vectors/math"].options["embed"]
 
 
 def test_ablations_of_the_rows_change_what_the_setting_has(config_file: str) -> None:
@@ -91,11 +92,13 @@ def test_ablations_of_the_rows_change_what_the_setting_has(config_file: str) -> 
 
 
 def test_dense_copies_are_merged_with_the_window_of_pairs(config_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    windows = {}
-    monkeypatch.setattr("flexolmo_megatron.compare.work.merge", lambda *arguments: windows.setdefault(
-        arguments[3], arguments[4]))
-    planned(config_file, "methods=[flexolmo,ablations]", "ablations=[no coordination]")
-    assert windows == {True: 32, False: 32}
+    windows = []
+    monkeypatch.setattr("flexolmo_megatron.compare.work.merge", lambda *arguments: windows.append(arguments[3]))
+    words = ["methods=[flexolmo,ablations]", "ablations=[no coordination]"]
+    steps = planned(config_file, *words).plan.steps
+    assert windows == [None, 32]
+    assert steps["seed_1/merged"].options == {"top_k": 3}
+    assert steps["seed_1/ablations/no_coordination/merged"].options == {"top_k": 3, "router_window": 32}
 
 
 def test_what_comes_after_the_merge_needs_no_other_runs(config_file: str) -> None:

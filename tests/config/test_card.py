@@ -70,7 +70,7 @@ BAD = {
                          (-1, "model.num_layers = -1")],
     "model.num_layer": [(4, "unknown model field 'num_layer' (did you mean 'num_layers'?)")],
     "model.top_k": [(4, "model.top_k = 4: expected 1 to model.num_experts = 3")],
-    "model.num_experts": [(2, "3 expert names for model.num_experts = 2"), (0, "model.top_k, model.router_bias and model.router_window")],
+    "model.num_experts": [(2, "3 expert names for model.num_experts = 2"), (0, "model.top_k, model.router_bias and")],
     "model.rotary_base": [(0, "model.rotary_base = 0: expected a number above 0"), (-5.5, "model.rotary_base = -5.5"),
                           (1e300, "model.rotary_base = 1e+300: expected a number from 0 to")],
     "model.layernorm_epsilon": [(0.0, "model.layernorm_epsilon = 0.0: expected a number above 0")],

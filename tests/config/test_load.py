@@ -90,6 +90,8 @@ def test_bad_overrides(overrides, message):
         ("optimizer.min_lr=1", "optimizer.min_lr = 1.0: expected 0 to optimizer.lr = 0.0009"),
         ("optimizer.min_lr=-1", "optimizer.min_lr = -1.0: expected 0 to optimizer.lr = 0.0009"),
         ("moe_z_loss_coeff=-1", "moe_z_loss_coeff = -1.0: expected a finite number, 0 or more"),
+        ("expert.router_window=0", "expert.router_window = 0: expected 1 to 65536"),
+        ("expert.router_window=65537", "expert.router_window = 65537: expected 1 to 65536"),
         ("data.seq_length=0", "data.seq_length = 0: expected at least 1"),
         ("seed=-1", "seed = -1: expected 0 to 4294967295"),
         ("seed=4294967296", "seed = 4294967296: expected 0 to 4294967295"),

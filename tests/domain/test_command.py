@@ -98,7 +98,9 @@ def test_centred_rows_are_added_to_the_anchors(docs, olmo2_dir, tmp_path, monkey
     expected = 3 * difference / np.linalg.norm(difference, axis=1, keepdims=True)
     assert vector.centred
     np.testing.assert_allclose(vector.vectors, expected, atol=1e-4)
-    np.testing.assert_allclose(owner_router(vector, anchor).rows.numpy(), public_rows(anchor).numpy() + expected, atol=1e-4)
+    router = owner_router(vector, anchor)
+    np.testing.assert_allclose(router.rows.numpy(), public_rows(anchor).numpy() + expected, atol=1e-4)
+    assert torch.equal(router.biases, torch.zeros(3))
     with pytest.raises(FlexOlmoError, match="^a centred domain vector is a difference from an anchor's rows: expected"):
         publish_anchor(open_model(olmo2_dir), vector)
 
@@ -118,7 +120,7 @@ def test_discriminants_are_where_a_run_starts(docs, olmo2_dir, tmp_path, capsys)
     flexolmo_embed(docs, "--anchor", anchor_path, "--public", public, "--scale", 1.5, "--out", vector_path)
     printed = capsys.readouterr().out.splitlines()
     assert f"{vector_path}: 3 rows of 32 numbers that are discriminants times 1.5, by anchor@" in printed[-3]
-    assert printed[-2].startswith("mean log-likelihood ratio of a token of the public documents, in nats by layer: -")
+    assert printed[-2].startswith("mean of the owner's logit less the anchor's on the public documents, by layer: -")
     vector, anchor = load_vector(vector_path), open_model(anchor_path)
     assert vector.centred and (vector.biases <= 0).all() and vector.record()["discriminant"] is True
 
@@ -135,6 +137,11 @@ def test_discriminants_are_where_a_run_starts(docs, olmo2_dir, tmp_path, capsys)
         row = public_rows(anchor)[layer] + torch.from_numpy(vector.vectors[layer])
         assert torch.equal(run.tensors[gate + "weight"].read()[0], row)
         assert torch.equal(run.tensors[gate + "bias"].read(), torch.from_numpy(vector.biases[layer : layer + 1]))
+    capsys.readouterr()
+    assert main(["train", "expert", f"out={tmp_path / 'no bias'}", f"data.train=[{prefix}]", "data.seq_length=32",
+                 f"anchor={anchor_path}", "expert.name=own", f"expert.domain_vector={vector_path}",
+                 "expert.bias=false"]) == 2
+    assert f"{vector_path} holds discriminants, which say nothing without their biases" in capsys.readouterr().err
     assert main(["pack", str(run_path), str(tmp_path / "package")]) == 0
     manifest = json.loads((tmp_path / "package" / "manifest.json").read_text())
     assert manifest["architecture"]["router_window"] == 4 and manifest["router"]["discriminant"] is True

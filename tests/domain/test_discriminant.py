@@ -16,16 +16,28 @@ TEXTS = ["a short one", "a longer text, which is cut into pieces: " + "words " *
 
 def test_the_logit_is_the_log_likelihood_ratio():
     """rtol 1e-9: float64, another way to invert."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(3)
     factors = random.normal(size=(2, 5, 5))
     covariance_Lhh = factors @ factors.transpose(0, 2, 1)
     public_Lh, own_Lh, states_nh = random.normal(size=(2, 5)), random.normal(size=(2, 5)), random.normal(size=(7, 5))
     rows_Lh, biases_L = PublicStates(public_Lh, covariance_Lhh).discriminants(own_Lh)
+    assert (biases_L < 0).tolist() == [True, False], "the seed shows both cases"
     for layer in range(2):
         shrunk = shrunk_covariance(covariance_Lhh[layer], shrinkage=SHRINKAGE)
         expected = (multivariate_normal.logpdf(states_nh, own_Lh[layer], shrunk)
                     - multivariate_normal.logpdf(states_nh, public_Lh[layer], shrunk))
-        np.testing.assert_allclose(states_nh @ rows_Lh[layer] + biases_L[layer], expected, rtol=1e-9)
+        logits_n = states_nh @ rows_Lh[layer] + biases_L[layer]
+        if layer == 0:
+            np.testing.assert_allclose(logits_n, expected, rtol=1e-9)
+            continue
+        # A bias above 0 is not used: the row has taken it over, for states whose component along the middle of the two
+        # means, in units of the covariance, is that of the middle itself.
+        middle_h = (public_Lh[layer] + own_Lh[layer]) / 2
+        towards_h = np.linalg.solve(shrunk, middle_h)
+        there_nh = states_nh - ((states_nh @ towards_h / (middle_h @ towards_h) - 1)[:, None]) * middle_h
+        expected = (multivariate_normal.logpdf(there_nh, own_Lh[layer], shrunk)
+                    - multivariate_normal.logpdf(there_nh, public_Lh[layer], shrunk))
+        np.testing.assert_allclose(there_nh @ rows_Lh[layer], expected, rtol=1e-9)
 
 
 def test_public_states_count_each_document_the_same(embedder):
@@ -70,6 +82,11 @@ def test_a_document_is_embedded_piece_by_piece(embedder):
 def test_no_public_document_has_a_token(embedder):
     with pytest.raises(FlexOlmoError, match="^none of 2 public documents has a token: expected at least one$"):
         public_states(embedder, ["", ""], 2)
+
+
+def test_public_documents_without_variance(embedder):
+    with pytest.raises(FlexOlmoError, match="^the public documents' hidden states in layer 0 have the variance"):
+        public_states(embedder, ["x"], 2)
 
 
 @pytest.fixture(scope="module")

@@ -63,17 +63,24 @@ def same(a, b):
     return np.array_equal(a.vectors, b.vectors) and replace(a, vectors=b.vectors) == b
 
 
+DISCRIMINANT = replace(VECTOR, vectors=unit(2) * np.float32([[7], [0.5]]), norm=1.5, centred=True,
+                       biases=np.array([-3, 0], np.float32))
+
+
 @pytest.mark.parametrize("vector", [
     VECTOR,
     replace(VECTOR, vectors=unit(1), embedder="GritLM/GritLM-7B"),
     replace(VECTOR, vectors=unit(2) * np.float32(0.25), norm=0.25, centred=True),
+    DISCRIMINANT,
 ])
 def test_round_trip(tmp_path, vector):
     path = tmp_path / "v.npz"
     save_vector(vector, path)
     loaded = load_vector(path)
     assert np.array_equal(loaded.vectors, vector.vectors) and loaded.vectors.flags.writeable
-    assert replace(loaded, vectors=vector.vectors) == vector
+    assert (loaded.biases is None) == (vector.biases is None) and np.array_equal(loaded.biases, vector.biases)
+    for field in set(vars(vector)) - {"vectors", "biases"}:
+        assert getattr(loaded, field) == getattr(vector, field)
     with np.load(path, allow_pickle=False) as plain:  # numpy's own reader agrees
         assert np.array_equal(plain["vectors"], vector.vectors)
         assert json.loads(plain["metadata"].tobytes())["embedder"] == vector.embedder
@@ -114,6 +121,22 @@ def test_rows_and_record():
 def test_invalid_values(change, message):
     with pytest.raises(FlexOlmoError, match=message):
         replace(VECTOR, **change)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"centred": False}, r"^biases are float32 \[2\], centred = False: expected float32 \[2\], one for each row"),
+    ({"biases": np.zeros(3, np.float32)}, r"^biases are float32 \[3\], centred = True: expected float32 \[2\]"),
+    ({"biases": np.zeros(2)}, r"^biases are float64 \[2\]"),
+    ({"biases": np.array([0, 1], np.float32)}, r"^a row has no length between 1e-09 and 1e\+09, or a bias is above 0"),
+    ({"biases": np.array([0, np.nan], np.float32)}, "^a row has no length"),
+    ({"biases": np.array([0, -np.inf], np.float32)}, "^a row has no length"),
+    ({"vectors": np.zeros((2, 4), np.float32)}, "^a row has no length"),
+    ({"vectors": np.full((2, 4), 1e-30, np.float32)}, "^a row has no length"),
+    ({"vectors": np.full((2, 4), np.nan, np.float32)}, "^a row has no length"),
+])
+def test_invalid_discriminants(change, message):
+    with pytest.raises(FlexOlmoError, match=message):
+        replace(DISCRIMINANT, **change)
 
 
 def test_missing_and_special_files(tmp_path):

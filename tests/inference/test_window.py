@@ -1,9 +1,10 @@
-"""Answers of a model whose routing logits are averaged over a window, which an answer's tokens share with its prompt."""
+"""Answers of a model whose routing logits are averaged over a window, which begins within the prompt."""
 
 import pytest
 import torch
 
 from flexolmo_megatron.convert.model import exclude_experts, save_model
+from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.inference.access import routers_of
 from flexolmo_megatron.inference.model import Model, load_model
 from tests.random_models import random_model
@@ -51,6 +52,18 @@ def test_an_answer_is_the_argmax_without_a_cache_in_any_batch(model):
         assert alone.tokens == answer.tokens
         assert alone.routing_share == pytest.approx(answer.routing_share, abs=1e-5)
     assert all(router.history is None for router in routers_of(model.module))
+
+
+def test_other_generators_are_refused(model):
+    """Steps of one token would each be a window of their own."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    tokens_bs = torch.tensor([[1, 2, 3]])
+    with torch.no_grad(), pytest.raises(FlexOlmoError, match="^router_window = 5 with a key/value cache: expected 1; "):
+        model.module(tokens_bs, torch.arange(3)[None], None, inference_context=StaticInferenceContext(1, 8))
+    layer, hidden_sbh = model.module.decoder.layers[0], torch.zeros(3, 1, model.config.hidden_size)
+    with pytest.raises(FlexOlmoError, match="^router_window = 5 with packed sequences: expected 1; "):
+        layer(hidden_sbh, packed_seq_params=object())
 
 
 def test_left_out_is_as_if_it_were_not_there(model, paths):

@@ -86,7 +86,7 @@ def first(world):
         "with biases": ("load", world / "with biases"),
         "expert": expert("bridge_expert"),
         "stopped": (*expert("stopped"), "train.exit_interval=3", "logger.log_interval=1"),
-        "option": expert("x", "optimizer.router_lr=0.1"),
+        "option": expert("x", "optimizer.router_lr=0"),
         "size": (*expert("x"), "model.hidden_size=64"),
         "anchor": ("train", "anchor", anchor),
     })
@@ -223,7 +223,7 @@ def test_router_tuning_is_that_of_flexolmo_train(world, second):
 @needs_bridge
 def test_what_bridge_has_not_is_refused(first):
     assert first["option"]["refused"] == (
-        "optimizer.router_lr = 0.1: not available in Megatron-Bridge; expected no value, or `flexolmo train`")
+        "optimizer.router_lr = 0.0: not available in Megatron-Bridge; expected no value, or `flexolmo train`")
     assert first["size"]["refused"] == "model.hidden_size = 64: expected 32, as the model's card says"
 
 

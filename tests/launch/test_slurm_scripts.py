@@ -377,6 +377,10 @@ def test_setup_and_odd_names_reach_the_shell_as_they_are(saved, tmp_path, launch
     (["slurm.nodes=3"], "anchor: global_batch_size = "),
     (["anchor.options=['data.train=[x]', parallel.tensor=3]"], "anchor: parallel.tensor = 3"),
     (["experts.slurm={nodes: 1, tasks_per_node: 3}"], "experts.each.code: global_batch_size = "),
+    (["embed_arguments=[--public, x]"], "embed_arguments: --public compares with a published anchor, which is for "
+                                        "experts alone: expected it in experts.embed_arguments"),
+    (["experts.each.code.options=['data.train=[x]', expert.router_window=8]"],
+     "expert.router_window = 1, and 8 for code: expected the same for all experts of a model"),
     (["experts.options=[global_batch_size=32, stop_after=3]"], "stop_after = 3: a job ends by its time limit"),
 ])
 def test_what_is_refused(capsys, launch_file, overrides, message):

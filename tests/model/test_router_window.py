@@ -31,9 +31,9 @@ def _loop(logits_sbE: Tensor, window: int, valid_sb: Tensor) -> Tensor:
 def test_mean_over_the_window(window):
     from flexolmo_megatron.model.router_window import window_mean
 
-    everywhere = torch.ones(LOGITS_SBE.shape[:2], dtype=torch.bool)
-    torch.testing.assert_close(window_mean(LOGITS_SBE, window), _loop(LOGITS_SBE, window, everywhere), rtol=0, atol=1e-6)
-    padded = everywhere.clone()
+    padded = torch.ones(LOGITS_SBE.shape[:2], dtype=torch.bool)
+    expected = _loop(LOGITS_SBE, window, padded)
+    torch.testing.assert_close(window_mean(LOGITS_SBE, window), expected, rtol=0, atol=1e-6)
     padded[:4, 1] = False
     torch.testing.assert_close(window_mean(LOGITS_SBE, window, padded), _loop(LOGITS_SBE, window, padded), rtol=0,
                                atol=1e-6)

@@ -17,7 +17,7 @@ ABLATIONS: Mapping[str, str] = {
     "trained rows": "router rows start at domain vectors and train, with a margin loss, instead of being discriminants",
     "no routing noise": "experts learn without noise on the routing",
     "no embedding init": "router rows start at random instead of at a domain vector",
-    "no bias": "router rows have no bias",
+    "no bias": "router rows start at domain vectors and train, without a bias",
     "no embedding init, no bias": "router rows start at random and have no bias",
     "hidden-state init": "router rows start at the means of the anchor's hidden states, layer by layer",
     "embedder init": "router rows start at the means of another model's document embeddings",

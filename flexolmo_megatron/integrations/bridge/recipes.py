@@ -41,6 +41,7 @@ from flexolmo_megatron.training.start import fill, run_settings
 
 _WITHOUT = ("optimizer.router_lr", "expert.domain_loss_coeff", "expert.routing_noise", "expert.anchor_kl_coeff",
             "fp8.recipe", "stop_after", "leave_one_out")
+"""Options that must be what they are by default."""
 
 
 def flexolmo_anchor(overrides: Sequence[str] = (), preset: str | None = None) -> bridge.ConfigContainer:
@@ -75,8 +76,9 @@ def flexolmo_router(overrides: Sequence[str] = (), preset: str | None = None) ->
 def _recipe(mode: Mode, overrides: Sequence[str], preset: str | None) -> bridge.ConfigContainer:
     schema = RouterTrainConfig if mode == "router" else TrainConfig
     config = load_config(schema, preset=preset, overrides=overrides)
+    usual = TrainConfig()
     for name in _WITHOUT:
-        if attrgetter(name)(config):
+        if attrgetter(name)(config) != attrgetter(name)(usual):
             raise FlexOlmoError(f"{name} = {attrgetter(name)(config)}: not available in Megatron-Bridge; expected no "
                                 "value, or `flexolmo train`")
     planned = plan(mode, config, world_size())

@@ -10,6 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from flexolmo_megatron.config.card import ModelCard
+from flexolmo_megatron.domain.publish import OwnerRouter
 from flexolmo_megatron.integrations.cards import check_checkpoints, write_cards
 from flexolmo_megatron.integrations.megatron_lm.arguments import LaunchArguments, dense_card
 from flexolmo_megatron.model.builder import block_spec, build_model
@@ -27,7 +28,7 @@ class ModelProvider:
     def __init__(self, arguments: LaunchArguments) -> None:
         self.arguments = arguments
         self.card: ModelCard | None = None
-        self.rows: torch.Tensor | None = None
+        self.router: OwnerRouter | None = None
         self.chunks: list[GPTModel] = []
         self.frozen: FrozenMark | None = None
         """Made when training begins."""
@@ -64,7 +65,7 @@ class ModelProvider:
         )
         self.chunks.append(model)
         if expert and len(self.chunks) == stages:
-            fill_pair(self.chunks, self.arguments.plan.anchor, self.rows)
+            fill_pair(self.chunks, self.arguments.plan.anchor, self.router)
             for chunk in self.chunks:
                 _mark_router(chunk)
             self._remember_frozen()
@@ -77,7 +78,7 @@ class ModelProvider:
             self.card = dense_card(args)
         else:
             self.card = self.arguments.plan.card
-            self.rows = name_anchor(self.arguments.plan, self.arguments.config)
+            self.router = name_anchor(self.arguments.plan, self.arguments.config)
         args.flexolmo_card = self.card.to_json()
         on_first_rank(lambda: check_checkpoints(args.save, args.load, self.card))
 
