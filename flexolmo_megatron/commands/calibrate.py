@@ -1,6 +1,7 @@
 """``flexolmo calibrate``: a temperature for a merged model's router, chosen on public text."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from flexolmo_megatron.commands.documents import add_text_key_option
@@ -46,8 +47,11 @@ def run(args: argparse.Namespace) -> None:
 
     if args.max_bytes < 1:
         raise FlexOlmoError(f"--max-bytes {args.max_bytes}: expected at least 1")
-    stream = stream_documents(args.public, args.text_key, BadDocuments(args.max_bad))
+    bad = BadDocuments(args.max_bad)
+    stream = stream_documents(args.public, args.text_key, bad)
     texts = list(limit_bytes((document.text for document in stream), args.max_bytes))
+    if bad.counts:
+        print(f"skipped {bad.report()}", file=sys.stderr)
     with tqdm(desc="calibrate", unit="token", disable=None) as bar:
         found = calibrate(args.merged, texts, args.out, args.temperatures, progress=bar.update)
     show(_table(found, args.temperatures))

@@ -142,10 +142,7 @@ def _uncoordinated(dense: "LazyModel", anchor: "LazyModel | None", args: argpars
     check_expert_name(args.name)
     vector = load_vector(args.domain_vector)
     vector.check_fits(dense.card.model.num_layers, dense.card.model.hidden_size, args.domain_vector)
-    digest = dense_digest(anchor)
-    if vector.dense_digest != digest:
-        raise FlexOlmoError(f"{args.domain_vector} was made with another anchor (digest {vector.dense_digest[:12]}…): "
-                            f"expected one made with {args.anchor} (digest {digest[:12]}…)")
+    vector.check_made_with(dense_digest(anchor), args.domain_vector, args.anchor)
     return as_pair(dense, owner_router(vector, anchor), ExpertRecord(args.name, router=vector.record()),
                    1 if args.router_window is None else args.router_window)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -135,16 +136,17 @@ def _pinned(config: "TrainConfig", given: set[str], work: "Work") -> dict[str, i
     """
     from flexolmo_megatron.errors import FlexOlmoError
 
-    fields = {"tensor": "tensor", "pipeline": "pipeline", "virtual_pipeline": "virtual", "context": "context",
-              "expert": "expert", "expert_tensor": "expert_tensor"}  # fmt: skip
-    pinned = {field: getattr(config.parallel, name) for name, field in fields.items() if f"parallel.{name}" in given}
-    if pinned.get("expert_tensor", 0) is None:
-        del pinned["expert_tensor"]
-    if "micro_batch_size" in given:
-        pinned["micro_batch"] = config.micro_batch_size
-    for field, value in pinned.items():
+    fields = {"parallel.tensor": "tensor", "parallel.pipeline": "pipeline", "parallel.virtual_pipeline": "virtual",
+              "parallel.context": "context", "parallel.expert": "expert", "parallel.expert_tensor": "expert_tensor",
+              "micro_batch_size": "micro_batch"}  # fmt: skip
+    pinned = {}
+    for name, field in fields.items():
+        value = attrgetter(name)(config)
+        if name not in given or value is None:
+            continue
         if value < 1:
-            raise FlexOlmoError(f"{field} = {value}: expected at least 1")
+            raise FlexOlmoError(f"{name} = {value}: expected at least 1")
+        pinned[field] = value
     if "parallel.sequence" in given and not config.parallel.sequence and pinned.setdefault("tensor", 1) > 1:
         raise FlexOlmoError(f"parallel.sequence = false with parallel.tensor = {pinned['tensor']}: the plan counts "
                             "tensor parallelism with parallel.sequence=true alone")

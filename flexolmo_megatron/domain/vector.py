@@ -123,6 +123,20 @@ class DomainVector:
                                 f"or 1 of {hidden_size}, as the model has {num_layers} layers of hidden size "
                                 f"{hidden_size}")
 
+    def check_made_with(self, dense_digest: str, where: str, anchor: str) -> None:
+        """Check that the rows are of an anchor's own hidden states, or were projected for it.
+
+        Args:
+            dense_digest: of the anchor.
+            where, anchor: name the vector and the anchor in an error.
+
+        Raises:
+            FlexOlmoError: they were made for another one.
+        """
+        if self.dense_digest != dense_digest:
+            raise FlexOlmoError(f"{where} was made for another anchor (digest {self.dense_digest[:12]}…): expected one "
+                                f"for {anchor} (digest {dense_digest[:12]}…)")
+
     def record(self) -> dict[str, Any]:
         """How the row was made, as a checkpoint's card (``ExpertRecord.router``) and an expert package store it."""
         made = {"embedder": f"{self.embedder}@{self.embedder_digest[:12]}", "documents": self.documents}

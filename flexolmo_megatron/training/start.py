@@ -176,11 +176,7 @@ def _first_router(config: TrainConfig, anchor: LazyModel) -> tuple[str, OwnerRou
             "expert.bias = true, or a vector from `flexolmo embed` without --public"
         )
     digest, dense_digest = _digests(anchor, dense=True)
-    if vector.dense_digest != dense_digest:
-        raise FlexOlmoError(
-            f"{config.expert.domain_vector} was made for another anchor (digest {vector.dense_digest[:12]}…): "
-            f"expected one for {config.anchor} (digest {dense_digest[:12]}…)"
-        )
+    vector.check_made_with(dense_digest, config.expert.domain_vector, config.anchor)
     return digest, owner_router(vector, anchor), vector.record()
 
 

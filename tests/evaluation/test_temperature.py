@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("temperature")
     merged = random_model("moe", 3, 2, bias=True, sizes=replace(SIZES, vocab_size=257))
     save_model(merged, folder / "merged", "megatron")
-    (folder / "public.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (folder / "public.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) + "{\n")
     assert main(["calibrate", f"{folder}/merged", "--public", f"{folder}/public.jsonl", "--out", f"{folder}/out",
                  "--temperatures", *map(str, TEMPERATURES)]) == 0
     return folder
@@ -60,6 +60,12 @@ def test_the_best_temperature_of_each_set_of_experts_is_kept(folder, tmp_path):
         assert left is None or model.rows_used(kept) == f"without-{left} (strict)"
         torch.testing.assert_close(model.logits(tokens, kept), chosen.logits(tokens, kept), rtol=0, atol=1e-6)
     assert model_digest(untuned(out)) == model_digest(merged)
+
+
+def test_what_was_skipped_is_said(folder, tmp_path, capsys):
+    assert main(["calibrate", f"{folder}/merged", "--public", f"{folder}/public.jsonl", "--out", f"{tmp_path}/out",
+                 "--temperatures", "1"]) == 0
+    assert "skipped 1 unusable document (1 broken JSON)" in capsys.readouterr().err
 
 
 def test_bad_input_is_a_sentence(folder, tmp_path, capsys):

@@ -188,7 +188,7 @@ def test_a_dense_copy_is_packed_with_a_vector_of_its_anchor(work, dense_copy, an
     (["--name", "own"], "--domain-vector needs --anchor"), (["--anchor", "anchor"], "--domain-vector needs --name"),
     (["--name", "a/b", "--anchor", "anchor"], "expert name 'a/b': expected"),
     (["--name", "own", "--anchor", "anchor"],
-     r"vector.npz was made with another anchor \(digest 0c0c0c0c0c0c…\): expected one made with anchor \(digest "),
+     r"vector.npz was made for another anchor \(digest 0c0c0c0c0c0c…\): expected one for anchor \(digest "),
 ])
 def test_a_vector_of_another_anchor_is_refused(work, dense_copy, monkeypatch, options, message):
     monkeypatch.chdir(work)
