@@ -122,10 +122,10 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
 
 @pytest.fixture
 def pair(tmp_path) -> LazyModel:
-    """A pair with a narrower expert and a bias, whose anchor is at ``tmp_path / "anchor"``."""
+    """A pair with a narrower expert, a bias and a window, whose anchor is at ``tmp_path / "anchor"``."""
     anchor = random_model("moe", 1, 1)
     save_model(anchor, tmp_path / "anchor", "megatron")
-    lazy = random_model("pair", 2, 2, seed=1, bias=True, sizes=replace(SIZES, ffn_hidden_size=20))
+    lazy = random_model("pair", 2, 2, seed=1, bias=True, window=3, sizes=replace(SIZES, ffn_hidden_size=20))
     return replace(lazy, card=replace(lazy.card, anchor_digest=model_digest(anchor),
                                       anchor_path=str(tmp_path / "anchor"), training={"steps": 3}))
 

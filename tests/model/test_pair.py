@@ -14,7 +14,7 @@ from tests.random_models import SIZES, random_model
 TOLERANCE = dict(rtol=0, atol=1e-5)
 
 
-def _layers(bias: float | None, ffn: int = SIZES.ffn_hidden_size) -> tuple[nn.Module, nn.Module]:
+def _layers(bias: float | None, window: int = 1) -> tuple[nn.Module, nn.Module]:
     """The first layer's FFN of the same model as pair and as mixture, in training mode."""
     from flexolmo_megatron.model.builder import build_model
     from flexolmo_megatron.model.config import transformer_config
@@ -22,7 +22,7 @@ def _layers(bias: float | None, ffn: int = SIZES.ffn_hidden_size) -> tuple[nn.Mo
 
     initialize()
     anchor = random_model("moe", 1, 1)
-    pair = random_model("pair", 2, 2, seed=1, bias=bias is not None)
+    pair = random_model("pair", 2, 2, seed=1, bias=bias is not None, window=window)
     config = transformer_config(pair.card.model, "pair", moe_z_loss_coeff=0.1)
     coupled = build_model(pair.card.model, "pair", config)
     load_anchor(coupled, anchor)
@@ -48,9 +48,10 @@ def _run(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return output.detach(), hidden.grad
 
 
+@pytest.mark.parametrize("window", [1, 5])
 @pytest.mark.parametrize("bias", [None, -0.7, 0.0, 0.4])
-def test_output_and_gradients(bias):
-    pair, sparse = _layers(bias)
+def test_output_and_gradients(bias, window):
+    pair, sparse = _layers(bias, window)
     output, input_gradient = _run(pair)
     expected, expected_input_gradient = _run(sparse)
     assert expected.std() > 0.1
