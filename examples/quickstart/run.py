@@ -36,6 +36,9 @@ are public text, the router row learns to tell the two apart by a margin that is
 learning rate keeps the experts close enough to the anchor to be mixed. No z-loss: it teaches an expert to push the
 residual stream against the anchor's row, which after merging takes tokens from everybody else."""
 
+EMBED_OPTIONS = ("--max-tokens", "256")
+"""The first piece of a document, as long as the anchor's sequences, is enough here."""
+
 
 class Quickstart:
     """The steps and where their results are."""
@@ -113,6 +116,7 @@ class Quickstart:
             f"{self.out}/public.npz",
             "--publish",
             f"{self.out}/anchor",
+            *EMBED_OPTIONS,
         )
 
     def owners(self) -> None:
@@ -129,6 +133,7 @@ class Quickstart:
                 f"{self.out}/{owner}.npz",
                 "--documents",
                 "500",
+                *EMBED_OPTIONS,
             )
         running = []
         for owner in OWNERS:

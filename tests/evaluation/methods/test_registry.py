@@ -69,7 +69,7 @@ def test_all_of_them(merged: Path, tmp_path: Path) -> None:
     assert methods["FlexOlmo tuned"].training == "public + 2 owner + router"
     assert {kind for method in methods.values() for kind in method.runs} == set(RUNS)
     assert all(method.definition and method.source and "\n" not in method.definition for method in methods.values())
-    assert methods["FlexOlmo, no bias"].definition == "router rows have no bias"
+    assert methods["FlexOlmo, no bias"].definition == "router rows start at domain vectors and train, without a bias"
     assert methods["FlexOlmo, my own"].definition == "my own"
 
 
