@@ -68,6 +68,7 @@ class Loop:
             say(f"{self.run} has all of its {config.train_iters} steps already")
             return checkpoint.step_folders(self.run)[-1]
         together(self._open_log)
+        get_moe_layer_wise_logging_tracker().clear()  # a run that broke off before in this process has left its sums
         began, bar = state.step, Bar(config.train_iters, state.step)
         try:
             self.signal = agree_on_signal(self.signals.received)  # one that came while the run was starting

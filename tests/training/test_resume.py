@@ -123,3 +123,18 @@ def test_metrics_of_steps_that_are_done_again_are_dropped(expert_options, metric
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[2]["loss"] > 0
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)
+
+
+def test_a_run_that_broke_off_leaves_nothing_for_the_next_one(expert_options, metrics, tmp_path, monkeypatch):
+    """Megatron adds up the routers' losses in one place per process."""
+    from flexolmo_megatron.training import run
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    assert main(expert_options(tmp_path / "first", "train_iters=1")) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_finalize_gradients", fail)
+        assert main(expert_options(tmp_path / "broken", "train_iters=1")) != 0
+    assert main(expert_options(tmp_path / "second", "train_iters=1")) == 0
+    assert essence(metrics(tmp_path / "second")) == essence(metrics(tmp_path / "first"))
