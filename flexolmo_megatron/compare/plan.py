@@ -260,7 +260,7 @@ class _Seed:
                     work.calibrate(self.path(step, "model"), config.public.train, config.text_key), {},
                     (step, f"data/{PUBLIC}")))
             made.append(step)
-            models["ablations"][name] = self.path(made[-1], "model")
+            models["ablations"][name] = self.path(step, "model")
         return made
 
     def add_vectors(self, folder: str, anchor: str, embed: Mapping[str, Any]) -> None:

@@ -2,9 +2,8 @@
 
 The file is an ``.npz`` (a ZIP archive, nothing compressed) with two arrays: ``vectors`` float32 ``[L, h]`` or
 ``[1, h]``, and ``metadata``, the UTF-8 bytes of a JSON object with the other fields; discriminants have a third one,
-``biases`` float32 ``[L]``. ``numpy.load`` opens it, but is
-not used here: the file may come from a stranger, so every size is checked before memory is allocated, and nothing is
-ever unpickled. It never holds document text.
+``biases`` float32 ``[L]``. ``numpy.load`` opens it, but is not used here: the file may come from a stranger, so every
+size is checked before memory is allocated, and nothing is ever unpickled. It never holds document text.
 
 Legend: L layers, h hidden size.
 """

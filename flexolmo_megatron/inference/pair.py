@@ -4,11 +4,10 @@ Unlike a merge of packages it needs no package: for an owner who looks at a run 
 """
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
-from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor, padded
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.convert.names import expected_tensors
@@ -55,9 +54,7 @@ def couple(anchor: LazyModel, pair: LazyModel) -> LazyModel:
         anchor: the published anchor, with one expert.
         pair: what the owner trained.
     """
-    config = ModelConfig(**{**asdict(anchor.card.model), "num_experts": 2, "top_k": 2,
-                            "router_bias": pair.card.model.router_bias,
-                            "router_window": pair.card.model.router_window})
+    config = anchor.card.model.pair(None, pair.card.model.router_bias, pair.card.model.router_window)
     tensors = dict(anchor.tensors)
     for name, tensor in pair.tensors.items():
         if name.endswith(".mlp.gate.weight"):

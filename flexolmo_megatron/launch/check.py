@@ -1,5 +1,6 @@
 """What a launch needs and none of its jobs makes, looked for before anything waits in a queue."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def check_layouts(config: LaunchConfig, stages: dict[str, list[str]]) -> None:
     for word in {"--public", "--centre"} & set(config.embed_arguments if made else []):
         raise FlexOlmoError(f"embed_arguments: {word} compares with a published anchor, which is for experts alone: "
                             "expected it in experts.embed_arguments")
-    _check_windows(config, stages)
+    if config.merge:
+        _check_windows(config, stages.get("experts", ()))
     if made:
         training = training_config(config, "anchor")
         _check(config, "anchor", training, training.model.dense(), "dense", None, "anchor")
@@ -49,15 +51,13 @@ def check_layouts(config: LaunchConfig, stages: dict[str, list[str]]) -> None:
         _check(config, "router", training_config(config, "router"), merged, "moe", None, "router")
 
 
-def _check_windows(config: LaunchConfig, stages: dict[str, list[str]]) -> None:
-    """Check that the experts can be merged as far as their routers go."""
-    windows = {name: training_config(config, "experts", name).expert.router_window
-               for name in stages.get("experts", ())}
-    for name, window in windows.items() if config.merge else ():
-        first, expected = next(iter(windows.items()))
-        if window != expected:
-            raise FlexOlmoError(f"experts.each.{name}: expert.router_window = {window}, and {expected} for {first}: "
-                                "expected the same for all experts of a model")
+def _check_windows(config: LaunchConfig, names: Sequence[str]) -> None:
+    """Check that experts can be merged as far as their routers go."""
+    windows = [training_config(config, "experts", name).expert.router_window for name in names]
+    for name, window in zip(names, windows, strict=True):
+        if window != windows[0]:
+            raise FlexOlmoError(f"experts.each.{name}: expert.router_window = {window}, and {windows[0]} for "
+                                f"{names[0]}: expected the same for all experts of a model")
 
 
 def _published(config: LaunchConfig) -> ModelConfig:
