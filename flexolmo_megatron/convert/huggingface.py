@@ -185,19 +185,19 @@ def save_huggingface(model: LazyModel, path: str | os.PathLike, drop_bias: bool 
     if model.card.kind == "pair":
         raise FlexOlmoError("this checkpoint is a pair, which holds only what its owner trained and is no whole "
                             "model: expected a dense or merged one (pack the pair and merge it into its anchor first)")
-    if model.card.model.router_bias:
+    card = model.card
+    check_tensors(model.tensors, expected_tensors(card.model, card.kind), "the model to save")
+    # Before the bias: no option helps where the format has no place for the router itself.
+    dtype = model.tensors["lm_head.weight"].dtype
+    config = render_config(card.model, card.kind, dtype, _special_tokens(card.tokenizer))
+    if card.model.router_bias:
         if not drop_bias:
             raise FlexOlmoError("the model has a learned router bias, for which the Hugging Face format has no place: "
                                 f"{describe_bias(model)}; export it with --drop-bias if that is acceptable")
         model = without_bias(model)
-    expected = expected_tensors(model.card.model, model.card.kind)
-    check_tensors(model.tensors, expected, "the model to save")
-    card = model.card
     with atomic_directory(path) as directory:
-        dtype = model.tensors["lm_head.weight"].dtype
-        write_json(directory / CONFIG_FILE,
-                   render_config(card.model, card.kind, dtype, _special_tokens(card.tokenizer)))
-        card.save(directory)
+        write_json(directory / CONFIG_FILE, config)
+        model.card.save(directory)
         _copy_tokenizer(card.tokenizer, directory)
         save_rows(model, directory)
         write_shards(directory, model.tensors, max_shard_bytes)

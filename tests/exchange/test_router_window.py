@@ -62,10 +62,12 @@ def test_an_impossible_window_is_refused(packed, window):
         open_package(path)
 
 
-def test_hugging_face_has_no_place_for_it(anchor, packed, tmp_path):
-    merged = merge(anchor, [verify(packed("law", 4), anchor)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_hugging_face_has_no_place_for_it(anchor, digest, tmp_path, bias):
+    pack(build_pair(3, digest, window=4, bias=bias), digest, tmp_path / "law", name="law")
+    merged = merge(anchor, [verify(tmp_path / "law", anchor)])
     with pytest.raises(FlexOlmoError, match="averaged over 4 positions, which the Hugging Face format has no place"):
         save_model(merged, tmp_path / "hf", "hf")
     assert not (tmp_path / "hf").exists()
-    save_model(select_experts(merged, ["public"]), tmp_path / "hf", "hf")
+    save_model(select_experts(merged, ["public"]), tmp_path / "hf", "hf", drop_bias=True)
     assert open_model(tmp_path / "hf").card.model.router_window == 1
