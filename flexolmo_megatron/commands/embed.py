@@ -25,7 +25,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         description="Average the embeddings of a sample of documents: the domain vector that a router row starts "
                     "from. With --publish, for public documents, also write the published anchor that data owners "
                     "train against. The same command goes on with a run that was stopped, from FILE.state, which "
-                    "stays with the owner.")
+                    "stays with the owner (and FILE.public.state, with --public).")
     parser.add_argument("docs", nargs="+", metavar="DOCS",
                         help="file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet) or quoted pattern, as in "
                              "'notes/**/*.jsonl'")
@@ -85,6 +85,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def _check_targets(args: argparse.Namespace, anchor: "LazyModel") -> None:
     """Refuse before the long work what would fail after it."""
+    from flexolmo_megatron.domain.embed import check_scale
+
     card = anchor.card
     if args.publish and card.kind != "dense":
         raise FlexOlmoError(f"--publish needs a dense model, {args.anchor} is a {card.kind} model with the experts "
@@ -97,6 +99,7 @@ def _check_targets(args: argparse.Namespace, anchor: "LazyModel") -> None:
     if args.centre and (card.kind == "dense" or args.publish):
         raise FlexOlmoError(f"--centre compares with the rows of a published anchor: expected one, without --publish; "
                             f"{args.anchor} is a {card.kind} model")
+    check_scale(args.scale)
     if not Path(args.out).resolve().parent.is_dir():
         raise FlexOlmoError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist")
     if Path(args.out).is_dir():
@@ -173,18 +176,19 @@ def run(args: argparse.Namespace) -> None:
     public_texts = _sample(args, args.public) if args.public else None
     digest = dense_digest(anchor)
     embedder = open_embedder(args.embedder, anchor, digest, args.max_tokens)
-    unfinished = Path(f"{args.out}.state")
+    unfinished, unfinished_public = Path(f"{args.out}.state"), Path(f"{args.out}.public.state")
     public = None
     if public_texts:
         from flexolmo_megatron.domain.discriminant import public_states
 
-        public = public_states(embedder, public_texts, args.batch_size)
+        public = public_states(embedder, public_texts, args.batch_size, unfinished_public)
     vector = domain_vector(embedder, texts, hidden_size=anchor.card.model.hidden_size, dense_digest=digest,
                            seed=args.seed, batch_size=args.batch_size, norm=args.scale, privacy=privacy,
                            centre=_centre(anchor, embedder) if args.centre else None, public=public,
                            resume=unfinished)
     save_vector(vector, args.out)
-    unfinished.unlink(missing_ok=True)
+    for file in (unfinished, unfinished_public):
+        file.unlink(missing_ok=True)
     rows, width = vector.vectors.shape
     kind = f"with norm {vector.norm:g}" if public is None else f"that are discriminants times {vector.norm:g}"
     print(f"{args.out}: {rows} row{'s' * (rows > 1)} of {width} numbers {kind}, by {vector.record()['embedder']}")

@@ -11,14 +11,15 @@ Legend: L layers, h hidden size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from sklearn.covariance import shrunk_covariance
 
 from flexolmo_megatron.domain.anchor import AnchorEmbedder
+from flexolmo_megatron.domain.sample_pass import SamplePass
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.training.progress import DocumentProgress
 
 SHRINKAGE = 0.1
 """Share of the mean variance in the covariance: in directions where public text hardly varies, an owner's may."""
@@ -50,31 +51,31 @@ class PublicStates:
         return rows_Lh, biases_L.clip(max=0)
 
 
-def public_states(embedder: AnchorEmbedder, texts: Sequence[str], batch_size: int) -> PublicStates:
+def public_states(embedder: AnchorEmbedder, texts: Sequence[str], batch_size: int,
+                  resume: Path | None = None) -> PublicStates:
     """Read public documents with the anchor.
 
     Args:
         embedder: the anchor.
         texts: public documents.
         batch_size: read at once.
+        resume: file of ``SamplePass``, if a stopped run shall go on; the caller removes it when all is done.
 
     Raises:
         FlexOlmoError: no document has a token, or a hidden state is not finite.
     """
-    # As for a domain vector: little padding, and a lack of memory shows at once.
-    ordered = sorted((text for text in texts if embedder.tokenizer.encode(text)), key=len, reverse=True)
-    if not ordered:
-        raise FlexOlmoError(f"none of {len(texts)} public documents has a token: expected at least one")
+    texts = [text for text in texts if embedder.tokenizer.encode(text)]
+    if not texts:
+        raise FlexOlmoError("no public document has a token: expected at least one that has")
+    sample = SamplePass(texts, batch_size, ("states", embedder.digest, embedder.max_tokens), resume)
     layers, hidden = embedder.gpt.config.num_layers, embedder.gpt.config.hidden_size
-    mean_Lh = torch.zeros(layers, hidden, dtype=torch.float64, device=embedder.device)
-    covariance_Lhh = torch.zeros(layers, hidden, hidden, dtype=torch.float64, device=embedder.device)
-    with DocumentProgress() as progress:
-        for start in range(0, len(ordered), batch_size):
-            batch = ordered[start : start + batch_size]
-            embedder.add_moments(batch, mean_Lh, covariance_Lhh)
-            progress.add(len(batch), sum(len(text.encode()) for text in batch))
-    mean_Lh /= len(ordered)
-    covariance_Lhh /= len(ordered)
+    sums = sample.sums or {"states": np.zeros((layers, hidden)), "products": np.zeros((layers, hidden, hidden))}
+    mean_Lh, covariance_Lhh = (torch.from_numpy(sums[name]).to(embedder.device) for name in ("states", "products"))
+    sample.sums = {"states": mean_Lh, "products": covariance_Lhh}
+    for batch in sample:
+        embedder.add_moments(batch, mean_Lh, covariance_Lhh)
+    mean_Lh /= len(texts)
+    covariance_Lhh /= len(texts)
     for layer, mean_h in enumerate(mean_Lh):
         covariance_Lhh[layer].addr_(mean_h, mean_h, alpha=-1)
         variance = covariance_Lhh[layer].trace().item()

@@ -8,8 +8,6 @@ a centred row is the difference from the anchor's own. A discriminant (``discrim
 Legend: n documents, L layers, d dimension of the embedder, h hidden size.
 """
 
-import hashlib
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,10 +17,9 @@ import numpy as np
 from flexolmo_megatron.convert.lazy import LazyModel
 from flexolmo_megatron.domain.privacy import GaussianMechanism, gaussian_noise
 from flexolmo_megatron.domain.projection import orthogonal_projection
+from flexolmo_megatron.domain.sample_pass import SamplePass
 from flexolmo_megatron.domain.vector import DomainVector
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.files import atomic_file
-from flexolmo_megatron.training.progress import DocumentProgress
 
 if TYPE_CHECKING:
     from flexolmo_megatron.domain.discriminant import PublicStates
@@ -31,8 +28,6 @@ ANCHOR = "anchor"
 """Name of the embedder that is the anchor itself."""
 DEFAULT_MAX_TOKENS = 512
 DEFAULT_BATCH_SIZE = 8
-SAVE_INTERVAL = 60.0
-"""Seconds between two writes of what a stopped run goes on from."""
 
 
 class Embedder(Protocol):
@@ -73,38 +68,6 @@ def open_embedder(name: str, anchor: LazyModel, dense_digest: str, max_tokens: i
     return (GritLMEmbedder if is_gritlm(name) else SentenceTransformerEmbedder)(name, max_tokens)
 
 
-class PartialMean:
-    """The sum over the batches so far, in a file from which a run that was stopped goes on.
-
-    The file holds neither texts nor single embeddings, but no noise either: it stays with the owner.
-    """
-
-    def __init__(self, path: Path | None, fingerprint: str) -> None:
-        """Take what ``path`` holds, unless it is of another ``fingerprint``: of another sample or embedder."""
-        self._path, self._fingerprint = path, fingerprint
-        self._saved = time.monotonic()
-        self.total: np.ndarray | float = 0.0
-        self.used = self.done = 0
-        if path and path.is_file():
-            try:
-                with np.load(path, allow_pickle=False) as kept:
-                    if str(kept["fingerprint"]) == fingerprint:
-                        self.total, self.used, self.done = kept["total"], int(kept["used"]), int(kept["done"])
-            except Exception as error:  # numpy passes on whatever its readers raise
-                raise FlexOlmoError(f"{path} is not what an earlier start has left ({error}): remove it") from error
-
-    def add(self, total: np.ndarray, used: int, done: int) -> None:
-        """Add a batch of ``done`` documents, ``used`` of which count; write the file now and then."""
-        self.total = self.total + total
-        self.used += used
-        self.done += done
-        if self._path and time.monotonic() - self._saved >= SAVE_INTERVAL:
-            with atomic_file(self._path) as file:
-                np.savez(file, fingerprint=np.array(self._fingerprint), total=self.total, used=self.used,
-                         done=self.done)
-            self._saved = time.monotonic()
-
-
 def mean_embedding(embedder: Embedder, texts: Sequence[str], batch_size: int, *,
                    privacy: GaussianMechanism | None = None, resume: Path | None = None) -> tuple[np.ndarray, int]:
     """Average the embeddings of ``texts``, ``batch_size`` of them at a time, leaving out those that are not finite.
@@ -114,7 +77,7 @@ def mean_embedding(embedder: Embedder, texts: Sequence[str], batch_size: int, *,
         texts: documents.
         batch_size: embedded at once.
         privacy: clips the embeddings and adds noise to the mean; what is not finite then counts as zero.
-        resume: file of ``PartialMean``, if a stopped run shall go on; the caller removes it when all is done.
+        resume: file of ``SamplePass``, if a stopped run shall go on; the caller removes it when all is done.
 
     Returns:
         float64 `[L, d]` or `[1, d]`, and the number of documents left out.
@@ -122,33 +85,28 @@ def mean_embedding(embedder: Embedder, texts: Sequence[str], batch_size: int, *,
     Raises:
         FlexOlmoError: there are no texts, or no embedding is finite.
     """
-    if batch_size < 1:
-        raise FlexOlmoError(f"--batch-size {batch_size}: expected a number of at least 1")
-    # Sorted by length, so that little of a batch is padding; longest first, so that a lack of memory shows at once.
-    ordered = sorted(texts, key=len, reverse=True)
-    mean = PartialMean(resume, _fingerprint(embedder, ordered, privacy))
-    with DocumentProgress() as progress:
-        for start in range(mean.done, len(ordered), batch_size):
-            batch = ordered[start : start + batch_size]
-            embeddings = embedder.embed(batch)
-            finite = np.isfinite(embeddings).all(axis=(1, 2))
-            counted = embeddings[finite] if privacy is None else privacy.clipped(embeddings)
-            mean.add(counted.sum(axis=0, dtype=np.float64), int(finite.sum()), len(batch))
-            progress.add(len(batch), sum(len(text.encode()) for text in batch))
-    if not mean.used:
+    sample = SamplePass(texts, batch_size, (embedder.digest, embedder.max_tokens, privacy), resume)
+    sums = sample.sums = {"embeddings": 0.0, "used": 0} | sample.sums
+    for batch in sample:
+        embeddings = embedder.embed(batch)
+        finite = np.isfinite(embeddings).all(axis=(1, 2))
+        counted = embeddings[finite] if privacy is None else privacy.clipped(embeddings)
+        sums["embeddings"] = sums["embeddings"] + counted.sum(axis=0, dtype=np.float64)
+        sums["used"] += int(finite.sum())
+    used = int(sums["used"])
+    if not used:
         raise FlexOlmoError(f"none of {len(texts)} documents has a finite embedding by {embedder.name}: "
                             "expected at least one")
     if privacy is None:
-        return mean.total / mean.used, len(texts) - mean.used
-    rows = mean.total / len(texts)
+        return sums["embeddings"] / used, len(texts) - used
+    rows = sums["embeddings"] / len(texts)
     return rows + gaussian_noise(rows.shape, privacy.sigma(len(texts), len(rows))), 0
 
 
-def _fingerprint(embedder: Embedder, texts: Sequence[str], privacy: GaussianMechanism | None) -> str:
-    digest = hashlib.blake2b(repr((embedder.digest, embedder.max_tokens, privacy)).encode())
-    for text in texts:
-        digest.update(hashlib.blake2b(text.encode()).digest())
-    return digest.hexdigest()
+def check_scale(norm: float) -> None:
+    """Raise FlexOlmoError unless rows can be made as long as that."""
+    if not 0 < norm < np.inf:
+        raise FlexOlmoError(f"--scale {norm}: expected a number above 0")
 
 
 def domain_vector(
@@ -183,8 +141,7 @@ def domain_vector(
     Raises:
         FlexOlmoError: there are no texts, no embedding is finite, or they average to nothing.
     """
-    if not 0 < norm < np.inf:
-        raise FlexOlmoError(f"--scale {norm}: expected a number above 0")
+    check_scale(norm)
     rows, dropped = mean_embedding(embedder, texts, batch_size, privacy=privacy, resume=resume)
     if rows.shape[1] != hidden_size:
         rows = rows @ orthogonal_projection(rows.shape[1], hidden_size, dense_digest)

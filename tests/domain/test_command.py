@@ -118,6 +118,7 @@ def test_discriminants_are_where_a_run_starts(docs, olmo2_dir, tmp_path, capsys)
     public.write_text("".join(json.dumps({"text": f"{number} xyz" * 9}) + "\n" for number in range(30)))
     flexolmo_embed(public, "--anchor", olmo2_dir, "--out", tmp_path / "a.npz", "--publish", anchor_path)
     flexolmo_embed(docs, "--anchor", anchor_path, "--public", public, "--scale", 1.5, "--out", vector_path)
+    assert not list(tmp_path.glob("*.state"))
     printed = capsys.readouterr().out.splitlines()
     assert f"{vector_path}: 3 rows of 32 numbers that are discriminants times 1.5, by anchor@" in printed[-3]
     assert printed[-2].startswith("mean of the owner's logit less the anchor's on the public documents, by layer: -")

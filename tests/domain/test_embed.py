@@ -80,7 +80,7 @@ def test_name_of_a_folder_hides_where_it_is(tmp_path):
 
 
 def test_a_stopped_run_goes_on(fake_embedder, tmp_path, monkeypatch):
-    monkeypatch.setattr("flexolmo_megatron.domain.embed.SAVE_INTERVAL", 0)
+    monkeypatch.setattr("flexolmo_megatron.domain.sample_pass.SAVE_INTERVAL", 0)
     random = np.random.default_rng(1)
     rows = {"x" * length: random.standard_normal((2, 4)) for length in range(1, 10)}
     rows["x" * 9][0, 0] = np.nan
