@@ -25,19 +25,19 @@ PROMPTS = {
     "clinic": "DISCHARGE NOTE  WARD: ROWAN  PT NO: 123456\n",
 }
 OWNER_OPTIONS = (
-    "data.public_share=0.5",
-    "optimizer.lr=1e-3",
-    "optimizer.min_lr=1e-4",
-    "expert.domain_loss_coeff=0.025",
+    "data.public_share=0.33",
+    "optimizer.lr=3e-3",
+    "optimizer.min_lr=3e-4",
+    "optimizer.router_lr=0",
+    "expert.router_window=32",
+    "expert.routing_noise=1",
     "moe_z_loss_coeff=0",
 )
-"""Beyond the paper's setting, since a model this small cannot tell domains apart by itself: half of an owner's samples
-are public text, the router row learns to tell the two apart by a margin that is the same for all owners, and a small
-learning rate keeps the experts close enough to the anchor to be mixed. No z-loss: it teaches an expert to push the
-residual stream against the anchor's row, which after merging takes tokens from everybody else."""
-
-EMBED_OPTIONS = ("--max-tokens", "256")
-"""The first piece of a document, as long as the anchor's sequences, is enough here."""
+"""Beyond the paper's setting, and the default of `flexolmo compare` (docs/routing.md): a third of an owner's samples are
+public text; the router row stays the discriminant that `flexolmo embed --public` made, and its logits are averaged over
+a window, since a model this small cannot tell domains apart by one token; noise on them teaches the expert to work when
+others take some of the weight. No z-loss: it teaches an expert to push the residual stream against the anchor's row,
+which after merging takes tokens from everybody else."""
 
 
 class Quickstart:
@@ -116,7 +116,6 @@ class Quickstart:
             f"{self.out}/public.npz",
             "--publish",
             f"{self.out}/anchor",
-            *EMBED_OPTIONS,
         )
 
     def owners(self) -> None:
@@ -131,9 +130,12 @@ class Quickstart:
                 f"{self.out}/anchor",
                 "--out",
                 f"{self.out}/{owner}.npz",
+                "--public",
+                f"{self.out}/corpora/public/train.jsonl",
+                "--scale",
+                "1.5",
                 "--documents",
                 "500",
-                *EMBED_OPTIONS,
             )
         running = []
         for owner in OWNERS:
