@@ -81,6 +81,23 @@ def make_temporary_folder(path: Path) -> Path:
     return temporary
 
 
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """``make_temporary_folder`` for a block: it is gone afterwards, with those of its parents that are new and empty.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    new = [folder for folder in path.absolute().parents if not folder.exists()]
+    try:
+        yield make_temporary_folder(path)
+    finally:
+        shutil.rmtree(temporary_path(path), ignore_errors=True)
+        for folder in new:
+            with contextlib.suppress(OSError):  # what was written is in it
+                folder.rmdir()
+
+
 def sweep_folder(folder: Path, names: re.Pattern[str]) -> list[str]:
     """Remove what killed processes, of any host, left in ``folder`` when they wrote things with such ``names``.
 
@@ -168,22 +185,19 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     check_free(path)
-    temporary = temporary_path(path)
     try:
-        make_temporary_folder(path)
-        yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                fsync_path(Path(folder, name))
-            fsync_path(Path(folder))
-        if path.exists():
-            path.rmdir()
-        os.replace(temporary, path)
-        fsync_path(path.parent)
+        with temporary_folder(path) as temporary:
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    fsync_path(Path(folder, name))
+                fsync_path(Path(folder))
+            if path.exists():
+                path.rmdir()
+            os.replace(temporary, path)
+            fsync_path(path.parent)
     except OSError as error:
         raise _as_error(path, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -37,6 +37,22 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert read_json(tmp_path / "x.json", "a test") == {"a": 1} and names(tmp_path) == ["x.json"]
 
 
+def test_a_failed_write_leaves_no_folder(tmp_path):
+    def fail(path):
+        with atomic_directory(path) as folder:
+            (folder / "half").touch()
+            raise ZeroDivisionError
+
+    (tmp_path / "old").mkdir()
+    with pytest.raises(ZeroDivisionError):
+        fail(tmp_path / "old" / "a" / "b" / "c")
+    assert names(tmp_path) == ["old"] and not names(tmp_path / "old")
+    with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "of another writer").touch()
+        raise ZeroDivisionError
+    assert names(tmp_path / "a") == ["of another writer"]
+
+
 def test_the_temporary_name_says_what_who_and_where(tmp_path):
     with atomic_directory(tmp_path / "out") as folder:
         assert folder == tmp_path / f".out.{HOST}.{os.getpid()}.partial" and folder.is_dir()

@@ -33,7 +33,7 @@ OWNER_OPTIONS = (
     "expert.routing_noise=1",
     "moe_z_loss_coeff=0",
 )
-"""Beyond the paper's setting, and the default of `flexolmo compare` (docs/routing.md): a third of an owner's samples are
+"""Beyond the paper's setting, the default of `flexolmo compare` (docs/routing.md): a third of an owner's samples are
 public text; the router row stays the discriminant that `flexolmo embed --public` made, and its logits are averaged over
 a window, since a model this small cannot tell domains apart by one token; noise on them teaches the expert to work when
 others take some of the weight. No z-loss: it teaches an expert to push the residual stream against the anchor's row,
