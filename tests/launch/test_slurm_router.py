@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flexolmo_megatron.cli import main
-from tests.launch.test_slurm_scripts import publish, refused, run_script, sbatch_options, scripts
+from tests.launch.launches import publish, refused, run_script, sbatch_options, scripts
 
 LAUNCH = """\
 out: {out}
