@@ -289,3 +289,6 @@ class RouterTrainConfig(TrainConfig):
 
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-3, lr_warmup_iters=100))
     """The paper's settings for router tuning (section 4.1)."""
+    moe_z_loss_coeff: float = 0.0
+    """A z-loss is on the level of the logits, which the softmax ignores and frozen layers set; it can exceed the loss
+    itself."""

@@ -78,11 +78,12 @@ def test_an_ablation_changes_only_what_it_says(config_file: str) -> None:
     assert paper["optimizer.lr"] == 9e-4  # not the section owner's
 
 
-def test_router_tuning_has_the_papers_learning_rate_and_a_short_warm_up(config_file: str) -> None:
+def test_router_tuning_has_a_small_learning_rate_a_short_warm_up_and_no_z_loss(config_file: str) -> None:
     config = load_compare(config_file, ["train.optimizer.lr=7e-3"])
     run = training_config(config, "router", {"train_iters": 50})
     assert isinstance(run, RouterTrainConfig)
-    assert (run.optimizer.lr, run.optimizer.lr_warmup_iters, run.leave_one_out) == (2e-3, 5, True)
+    assert (run.optimizer.lr, run.optimizer.lr_warmup_iters, run.leave_one_out) == (1e-4, 5, True)
+    assert run.moe_z_loss_coeff == 0
 
 
 def test_an_unknown_training_option_is_refused_by_name(config_file: str) -> None:

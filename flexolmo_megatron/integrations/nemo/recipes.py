@@ -65,8 +65,7 @@ def flexolmo_router(merged: str = "merged", paths: list[str] = ["data/public"], 
         proxies: data of each owner's proxies, by the name of the expert.
         dir, name, num_nodes, num_gpus_per_node: see ``flexolmo_anchor``.
     """
-    config = run.Config(FlexOlmoConfig7x7B, start_from=merged, proxies=sorted(proxies),
-                        moe_z_loss_coeff=TrainConfig.moe_z_loss_coeff)
+    config = run.Config(FlexOlmoConfig7x7B, start_from=merged, proxies=sorted(proxies), moe_z_loss_coeff=None)
     optimizer = replace(RouterTrainConfig(out=".").optimizer, use_distributed_optimizer=True)
     settings = replace(PAPER, optimizer=optimizer, train_iters=PAPER.train_iters // 10)
     return _recipe(config, paths, proxies, settings, dir, name, num_nodes, num_gpus_per_node)
