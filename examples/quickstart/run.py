@@ -43,10 +43,11 @@ which after merging takes tokens from everybody else."""
 class Quickstart:
     """The steps and where their results are."""
 
-    def __init__(self, out: Path, anchor_iters: int, expert_iters: int, evaluated_bytes: int) -> None:
-        self.out, self.anchor_iters, self.expert_iters, self.evaluated_bytes = (
+    def __init__(self, out: Path, anchor_iters: int, documents: int, expert_iters: int, evaluated_bytes: int) -> None:
+        self.out, self.anchor_iters, self.documents, self.expert_iters, self.evaluated_bytes = (
             out,
             anchor_iters,
+            documents,
             expert_iters,
             evaluated_bytes,
         )
@@ -116,6 +117,8 @@ class Quickstart:
             f"{self.out}/public.npz",
             "--publish",
             f"{self.out}/anchor",
+            "--documents",
+            f"{self.documents}",
         )
 
     def owners(self) -> None:
@@ -135,7 +138,7 @@ class Quickstart:
                 "--scale",
                 "1.5",
                 "--documents",
-                "500",
+                f"{self.documents}",
             )
         running = []
         for owner in OWNERS:
@@ -275,6 +278,13 @@ def main() -> None:
         help="of the anchor, 4,096 tokens each (default: %(default)s)",
     )
     parser.add_argument(
+        "--documents",
+        type=int,
+        default=500,
+        metavar="N",
+        help="of each domain, to make router rows from (default: %(default)s)",
+    )
+    parser.add_argument(
         "--expert-iters",
         type=int,
         default=250,
@@ -290,7 +300,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     began = time.monotonic()
-    quickstart = Quickstart(args.out, args.anchor_iters, args.expert_iters, args.evaluated_bytes)
+    quickstart = Quickstart(args.out, args.anchor_iters, args.documents, args.expert_iters, args.evaluated_bytes)
     for step in (quickstart.text, quickstart.anchor, quickstart.owners, quickstart.coordinator, quickstart.evaluate):
         step()
         print(f"[{(time.monotonic() - began) / 60:.1f} min]", flush=True)

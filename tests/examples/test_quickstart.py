@@ -12,6 +12,8 @@ COMMAND = [
     str(Path(__file__).parents[2] / "examples" / "quickstart" / "run.py"),
     "--anchor-iters",
     "6",
+    "--documents",
+    "20",
     "--expert-iters",
     "3",
     "--evaluated-bytes",
