@@ -127,7 +127,8 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def _as_error(path: Path, error: OSError) -> FlexOlmoError:
+def cannot_write(path: Path, error: OSError) -> FlexOlmoError:
+    """Say why ``path`` was not written."""
     return FlexOlmoError(f"cannot write {path}: {error.strerror or error}; nothing was changed there")
 
 
@@ -153,7 +154,7 @@ def atomic_file(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
         os.replace(temporary, path)
         fsync_path(path.parent)
     except OSError as error:
-        raise _as_error(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         with contextlib.suppress(OSError):  # gone already; or on a read-only disk, which even then refuses to remove it
             temporary.unlink()
@@ -197,7 +198,7 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
             os.replace(temporary, path)
             fsync_path(path.parent)
     except OSError as error:
-        raise _as_error(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

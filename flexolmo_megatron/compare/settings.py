@@ -79,6 +79,6 @@ def _router(steps: int) -> dict[str, Any]:
 
 
 ROLE_DEFAULTS: Mapping[str, Callable[[int], dict[str, Any]]] = {"router": _router}
-"""Options of a kind of run that win over those of all runs and yield to its own section. Router tuning: a 20th of
-the paper's learning rate, with which rows forget what proxies do not show (docs/routing.md), a warm-up as short
-as few steps ask for, and rows for each opt-out."""
+"""Options of a kind of run that win over those of all runs and yield to its own section. Router tuning: at the paper's
+learning rate rows forget what proxies do not show (docs/routing.md), so a 20th of it; a warm-up as short as few steps
+ask for; rows for each opt-out."""

@@ -64,18 +64,18 @@ def public_states(embedder: AnchorEmbedder, texts: Sequence[str], batch_size: in
     Raises:
         FlexOlmoError: no document has a token, or a hidden state is not finite.
     """
-    texts = [text for text in texts if embedder.tokenizer.encode(text)]
-    if not texts:
-        raise FlexOlmoError("no public document has a token: expected at least one that has")
-    sample = SamplePass(texts, batch_size, ("states", embedder.digest, embedder.max_tokens), resume)
+    used = [text for text in texts if embedder.tokenizer.encode(text)]
+    if not used:
+        raise FlexOlmoError(f"none of {len(texts)} public documents has a token: expected at least one")
+    sample = SamplePass(used, batch_size, ("states", embedder.digest, embedder.max_tokens), resume)
     layers, hidden = embedder.gpt.config.num_layers, embedder.gpt.config.hidden_size
     sums = sample.sums or {"states": np.zeros((layers, hidden)), "products": np.zeros((layers, hidden, hidden))}
     mean_Lh, covariance_Lhh = (torch.from_numpy(sums[name]).to(embedder.device) for name in ("states", "products"))
     sample.sums = {"states": mean_Lh, "products": covariance_Lhh}
     for batch in sample:
         embedder.add_moments(batch, mean_Lh, covariance_Lhh)
-    mean_Lh /= len(texts)
-    covariance_Lhh /= len(texts)
+    mean_Lh /= len(used)
+    covariance_Lhh /= len(used)
     for layer, mean_h in enumerate(mean_Lh):
         covariance_Lhh[layer].addr_(mean_h, mean_h, alpha=-1)
         variance = covariance_Lhh[layer].trace().item()

@@ -38,7 +38,7 @@ class SamplePass:
         if batch_size < 1:
             raise FlexOlmoError(f"--batch-size {batch_size}: expected a number of at least 1")
         # Sorted by length, so that little of a batch is padding; longest first, so that a lack of memory shows at once.
-        self.texts = sorted(texts, key=len, reverse=True)
+        self._texts = sorted(texts, key=len, reverse=True)
         self.sums: dict[str, ArrayLike | torch.Tensor] = {}
         """What the caller adds up; arrays where they come from a file."""
         self._batch_size, self._path, self._saved, self._done = batch_size, path, time.monotonic(), 0
@@ -57,8 +57,8 @@ class SamplePass:
     def __iter__(self) -> Iterator[list[str]]:
         """Yield the batches that are left; before the next one ``sums`` must hold the last."""
         with DocumentProgress() as progress:
-            for start in range(self._done, len(self.texts), self._batch_size):
-                batch = self.texts[start : start + self._batch_size]
+            for start in range(self._done, len(self._texts), self._batch_size):
+                batch = self._texts[start : start + self._batch_size]
                 yield batch
                 self._done += len(batch)
                 progress.add(len(batch), sum(len(text.encode()) for text in batch))
@@ -74,6 +74,6 @@ class SamplePass:
 
     def _fingerprint_of(self, reader: tuple) -> str:
         digest = hashlib.blake2b(repr(reader).encode())
-        for text in self.texts:
+        for text in self._texts:
             digest.update(hashlib.blake2b(text.encode()).digest())
         return digest.hexdigest()

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.files import fsync_path, temporary_folder
+from flexolmo_megatron.files import cannot_write, fsync_path, temporary_folder
 from flexolmo_megatron.shards.run import Where
 from flexolmo_megatron.training.dataset_info import DatasetInfo
 from flexolmo_megatron.training.document_pool import Chunk, read_chunks, work
@@ -111,24 +111,23 @@ class Output:
 @contextlib.contextmanager
 def appear_together(paths: Sequence[Path]) -> Iterator[Path]:
     """Yield a temporary folder, whose files move to ``paths`` (of one folder) when the block ends well: all or none."""
-    folder = paths[0].parent
-    moved: list[Path] = []
     try:
         with temporary_folder(paths[0]) as temporary:
             yield temporary
             for path in paths:
                 fsync_path(temporary / path.name)
-            for path in paths:
-                os.rename(temporary / path.name, path)
-                moved.append(path)
-            fsync_path(folder)
-    except BaseException as error:
-        for path in moved:
-            path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            reason = error.strerror or error
-            raise FlexOlmoError(f"cannot write {paths[0]}: {reason}; nothing was changed there") from error
-        raise
+            moved: list[Path] = []
+            try:
+                for path in paths:
+                    os.rename(temporary / path.name, path)
+                    moved.append(path)
+                fsync_path(paths[0].parent)
+            except BaseException:
+                for path in moved:
+                    path.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise cannot_write(paths[0], error) from error
 
 
 def distribute(encoded: Encoded, outputs: Sequence[Output], valid_share: float) -> None:

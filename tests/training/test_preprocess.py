@@ -197,7 +197,8 @@ def test_full_disk_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_failure_while_the_files_appear_takes_them_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("out", ["set", "new/folder/set"])
+def test_failure_while_the_files_appear_takes_them_back(tmp_path, monkeypatch, out):
     path = write_jsonl(tmp_path / "a.jsonl")
     rename = os.rename
 
@@ -208,7 +209,7 @@ def test_failure_while_the_files_appear_takes_them_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "rename", fail_at_the_index)
     with pytest.raises(FlexOlmoError, match="set.bin: No space left on device; nothing was changed there$"):
-        preprocess([str(path)], tmp_path / "set", tokenizer=BYTE)
+        preprocess([str(path)], tmp_path / out, tokenizer=BYTE)
     assert list(tmp_path.iterdir()) == [path]
 
 
