@@ -27,9 +27,9 @@ def load_model(path: str | PathLike, dtype: "torch.dtype | None" = None, *,
     it runs under torchrun. A program that needs torch as it is should load models in a process of their own.
 
     Args:
-        path: a Hugging Face directory, a Megatron checkpoint of ours (trusted, see ``convert/megatron.py``), a training
-            run or the folder of a launch through Megatron-LM, of which the newest checkpoint with a card is taken, or a
-            run that has tuned a router, of which the tuned model is taken. A pair is joined with its anchor.
+        path: a Hugging Face directory, a Megatron checkpoint of ours, a training run or the folder of a launch through
+            Megatron-LM, of which the newest checkpoint with a card is taken, or a run that has tuned a router, of which
+            the tuned model is taken. A pair is joined with its anchor.
         dtype: to compute in, ``torch.float32`` (also None) or ``torch.bfloat16``, whatever the type on disk.
         anchor: of a pair, where its anchor is now; None for where it was when the pair was trained. Not used for
             other models.

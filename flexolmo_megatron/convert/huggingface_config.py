@@ -69,8 +69,8 @@ def parse_config(values: Any, where: str) -> tuple[ModelConfig, Kind]:
         FlexOlmoError: another model_type, a missing or impossible size, or an option that the model here does not have
             (tied embeddings, biases, RoPE scaling, renormalised routing, quantised weights).
     """
-    if not isinstance(values, dict) or values.get("model_type") not in MODEL_TYPES:
-        found = values.get("model_type") if isinstance(values, dict) else values
+    found = values.get("model_type") if isinstance(values, dict) else values
+    if not isinstance(values, dict) or not isinstance(found, str) or found not in MODEL_TYPES:
         raise FlexOlmoError(f"{where}: model_type {found!r}: expected one of {', '.join(MODEL_TYPES)}")
     model_type = values["model_type"]
     kind = MODEL_TYPES[model_type]

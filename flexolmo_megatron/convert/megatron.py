@@ -3,8 +3,8 @@
 Any chunking is read: whatever tensor, pipeline and expert parallel sizes the checkpoint was saved with.
 Writing is in ``megatron_writer.py``.
 
-A Megatron checkpoint is **trusted**: its ``.metadata`` file is a pickle, and torch unpickles it. Open only checkpoints
-that you or your coordinator wrote; what strangers hand over is an expert package (``exchange``), never one of these.
+An anchor comes from somebody else, so nothing here is trusted: ``torch_metadata.py`` unpickles records of tensors
+alone, tensors are read with ``weights_only``, and from files of the checkpoint's own folder.
 """
 
 import math
@@ -14,8 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from flexolmo_megatron.config.card import ModelCard
@@ -32,9 +31,10 @@ from flexolmo_megatron.convert.names import (
 )
 from flexolmo_megatron.convert.rows import open_rows
 from flexolmo_megatron.convert.safetensors_io import read_into
+from flexolmo_megatron.convert.torch_metadata import METADATA_FILE, read_metadata
 from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.untrusted import shown
 
-METADATA_FILE = ".metadata"
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 """What a checkpoint holds under other names (optimizer, random states) is not the model's."""
 
@@ -91,19 +91,6 @@ class _Chunk:
             target.copy_(rows[:, columns[0] - width[0]:columns[1] - width[0]].reshape(target.shape))
 
 
-def _read_metadata(directory: Path) -> Metadata:
-    path = directory / METADATA_FILE
-    if not path.exists():
-        raise FlexOlmoError(f"{directory} has no {METADATA_FILE}: expected a complete Megatron checkpoint (torch_dist)")
-    try:
-        metadata = FileSystemReader(directory).read_metadata()
-    except Exception as error:  # a damaged pickle can raise anything
-        raise FlexOlmoError(f"{path} is truncated or damaged: {type(error).__name__} {error}") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise FlexOlmoError(f"{path} is not the metadata of a torch_dist checkpoint")
-    return metadata
-
-
 def _chunks(key: str, stored: TensorStorageMetadata, storage: dict, directory: Path) -> list[_Chunk]:
     chunks = []
     for chunk in stored.chunks:
@@ -112,7 +99,11 @@ def _chunks(key: str, stored: TensorStorageMetadata, storage: dict, directory: P
         if place is None or getattr(place, "transform_descriptors", None):
             raise FlexOlmoError(f"{directory}: the part of {key} at {list(chunk.offsets)} is "
                                 f"{'missing' if place is None else 'compressed'}: expected a plain torch_dist record")
-        chunks.append(_Chunk(directory / place.relative_path, place.offset, place.length, box, stored.properties.dtype))
+        name, start, length = place.relative_path, place.offset, place.length
+        if Path(name).name != name or min(start, length) < 0:
+            raise FlexOlmoError(f"{directory}: the part of {key} at {list(chunk.offsets)} is said to be {length} bytes "
+                                f"at {start} of {shown(name)}: expected a place in a file of this folder")
+        chunks.append(_Chunk(directory / name, start, length, box, stored.properties.dtype))
     held = sum(math.prod(last - first for first, last in chunk.box) for chunk in chunks)
     if held != math.prod(stored.size):
         raise FlexOlmoError(f"{directory}: tensor {key} has {held} of {math.prod(stored.size)} numbers: expected a "
@@ -125,11 +116,9 @@ def _check_files(chunks: list[_Chunk]) -> None:
     for chunk in chunks:
         ends[chunk.path] = max(ends.get(chunk.path, 0), chunk.start + chunk.length)
     for path, end in ends.items():
-        try:
-            size = path.stat().st_size
-        except OSError:
-            raise FlexOlmoError(f"{path} is missing: expected it beside {METADATA_FILE}, which names it") from None
-        if size < end:
+        if not path.is_file():
+            raise FlexOlmoError(f"{path} is missing: expected it beside {METADATA_FILE}, which names it")
+        if (size := path.stat().st_size) < end:
             raise FlexOlmoError(f"{path} is truncated: {size} bytes, expected at least {end}")
 
 
@@ -146,7 +135,7 @@ def _read_canonical(shape: tuple[int, ...], dtype: torch.dtype,
 
 
 def open_megatron(directory: str | os.PathLike) -> LazyModel:
-    """Open a Megatron checkpoint with a ``flexolmo.json``; its metadata is unpickled, so it must be trusted.
+    """Open a Megatron checkpoint with a ``flexolmo.json``; it may come from anyone.
 
     Raises:
         FlexOlmoError: a file is missing, truncated or damaged; a tensor is missing, unexpected, or of the wrong shape
@@ -154,7 +143,7 @@ def open_megatron(directory: str | os.PathLike) -> LazyModel:
     """
     directory = Path(directory)
     card = ModelCard.load(directory)
-    metadata = _read_metadata(directory)
+    metadata = read_metadata(directory)
     stored = {key: value for key, value in metadata.state_dict_metadata.items()
               if key.startswith(_MODEL_PREFIXES) and isinstance(value, TensorStorageMetadata)}
     table = megatron_tensors(card.model, card.kind)
@@ -164,7 +153,12 @@ def open_megatron(directory: str | os.PathLike) -> LazyModel:
     dtypes: dict[str, torch.dtype] = {}
     all_chunks = []
     for key, tensor in table.items():
-        chunks = _chunks(key, stored[key], metadata.storage_data, directory)
+        try:
+            chunks = _chunks(key, stored[key], metadata.storage_data, directory)
+        except FlexOlmoError:
+            raise
+        except (AttributeError, TypeError, ValueError) as error:  # fields of any type: a pickle promises none
+            raise FlexOlmoError(f"{directory}: what {METADATA_FILE} says about {key} is damaged: {error}") from error
         all_chunks += chunks
         for piece in tensor.pieces:
             sources.setdefault(piece.name, []).append((piece, chunks))

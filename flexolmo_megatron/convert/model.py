@@ -13,9 +13,10 @@ import torch
 from flexolmo_megatron.config.card import CARD_FILE, PUBLIC, TUNED_MODEL
 from flexolmo_megatron.convert.huggingface import CONFIG_FILE, DEFAULT_SHARD_BYTES, open_huggingface, save_huggingface
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
-from flexolmo_megatron.convert.megatron import METADATA_FILE, open_megatron
+from flexolmo_megatron.convert.megatron import open_megatron
 from flexolmo_megatron.convert.megatron_writer import save_megatron
 from flexolmo_megatron.convert.rows import Choice, is_row, leave_out
+from flexolmo_megatron.convert.torch_metadata import METADATA_FILE
 from flexolmo_megatron.errors import FlexOlmoError, nearest
 
 CHECKPOINTS = "checkpoints"
@@ -49,7 +50,7 @@ def _is_megatron(directory: Path) -> bool:
 def open_model(path: str | os.PathLike) -> LazyModel:
     """Open a Hugging Face directory, a Megatron checkpoint, or the newest complete checkpoint of a training run.
 
-    A Megatron checkpoint must be trusted (``convert/megatron.py``).
+    It may come from anyone: nothing in it is run.
 
     Raises:
         FlexOlmoError: ``path`` is none of these, or what it holds is missing something or is damaged.

@@ -50,7 +50,7 @@ class EncoderClassifier:
             raise FlexOlmoError(f"the classifier {name!r} needs transformers; "
                                 "install it with: pip install transformers") from None
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             model = AutoModelForSequenceClassification.from_pretrained(
                 name, num_labels=2, problem_type="single_label_classification", ignore_mismatched_sizes=True,
                 dtype=torch.float32, trust_remote_code=False)

@@ -86,7 +86,7 @@ class GritLMEmbedder:
             raise FlexOlmoError(f"the embedder {name!r} needs transformers; "
                                 "install it with: pip install transformers") from None
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
+            self._tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", trust_remote_code=False)
             model = AutoModel.from_pretrained(name, dtype="auto", attn_implementation="sdpa", trust_remote_code=False)
         except Exception as error:  # transformers passes on whatever its many readers raise
             raise _cannot_load(name, error) from error

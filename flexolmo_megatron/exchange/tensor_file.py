@@ -101,7 +101,10 @@ class TensorFile:
         return FlexOlmoError(f"{self.where} was changed while it was being used; nothing of it can be trusted")
 
     def _read(self, offset: int, length: int) -> torch.Tensor:
-        data = memory(length)
+        try:
+            data = memory(length)
+        except (MemoryError, RuntimeError):  # torch raises the latter
+            raise FlexOlmoError(f"{self.where}: a tensor of {length:,} bytes does not fit into memory") from None
         read_exactly(self._descriptor, offset, data, Path(self.where))
         return data
 

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from flexolmo_megatron.config.card import CARD_FILE, FORMAT_VERSION, ModelCard
 from flexolmo_megatron.config.load import read_yaml
-from flexolmo_megatron.convert.megatron import METADATA_FILE
 from flexolmo_megatron.convert.model import newest_checkpoint
+from flexolmo_megatron.convert.torch_metadata import METADATA_FILE
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import write_json
 from flexolmo_megatron.training.resume import check_same_card
@@ -25,7 +25,7 @@ def write_cards(save: Path) -> list[Path]:
     """Write the missing cards of all complete checkpoints in a run's folder; then `flexolmo pack` and others read them.
 
     Args:
-        save: with ``iter_0000100`` and so on; it must be trusted, like every Megatron checkpoint.
+        save: with ``iter_0000100`` and so on, of one's own run: Megatron unpickles its settings.
 
     Returns:
         The checkpoints that got one.

@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
 from flexolmo_megatron.config.card import CARD_FILE
-from flexolmo_megatron.convert.megatron import METADATA_FILE
+from flexolmo_megatron.convert.torch_metadata import METADATA_FILE
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import read_json, write_json
 from flexolmo_megatron.runtime.ranks import on_first_rank

@@ -70,7 +70,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise FlexOlmoError(f"the tokenizer {path!r} needs transformers; "
                                 "install it with: pip install transformers") from None
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(path)
+            self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # transformers passes on whatever its many readers raise
             raise FlexOlmoError(f"cannot load the tokenizer {path!r}: expected 'byte', a folder with a Hugging Face "
                                 f"tokenizer, or the name of one ({first_line(error)})") from error

@@ -141,6 +141,9 @@ def test_config_missing_or_broken(flex_olmo):
     (flex_olmo / "config.json").write_text("{")
     with pytest.raises(FlexOlmoError, match="config.json cannot be read as the config.json of a Hugging Face model"):
         open_huggingface(flex_olmo)
+    (flex_olmo / "config.json").write_text('{"model_type": [1]}')
+    with pytest.raises(FlexOlmoError, match=r"model_type \[1\]: expected one of olmo2, flex_olmo"):
+        open_huggingface(flex_olmo)
     (flex_olmo / "config.json").write_text("[]")
     with pytest.raises(FlexOlmoError, match=r"model_type \[\]: expected one of olmo2, flex_olmo"):
         open_huggingface(flex_olmo)

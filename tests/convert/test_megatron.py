@@ -16,6 +16,7 @@ from flexolmo_megatron.convert.megatron import open_megatron
 from flexolmo_megatron.convert.megatron_writer import save_megatron
 from flexolmo_megatron.convert.names import MegatronTensor, fill_region, megatron_tensors
 from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.exchange.inspect import describe
 from flexolmo_megatron.runtime.setup import initialize
 
 from .conftest import assert_same_tensors, lazy_model, save_pretrained
@@ -244,6 +245,52 @@ def test_missing_unexpected_and_misshapen_tensors(checkpoint, tmp_path):
     edit_metadata(copies[3], lambda metadata: metadata.state_dict_metadata["output_layer.weight"].chunks.clear())
     with pytest.raises(FlexOlmoError, match="tensor output_layer.weight has 0 of 1696 numbers: expected a complete"):
         open_megatron(copies[3])
+
+
+class Attack:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("where", ["alone", "inside"])
+def test_metadata_of_a_stranger_runs_no_code(checkpoint, tmp_path, where):
+    attack = Attack(tmp_path / "was unpickled")
+    if where == "alone":
+        (checkpoint / ".metadata").write_bytes(pickle.dumps(attack))
+    else:
+        edit_metadata(checkpoint, lambda metadata: setattr(metadata, "planner_data", attack))
+    for opening in (open_megatron, describe):
+        with pytest.raises(FlexOlmoError, match=r"\.metadata names '(posix|os)\.mkdir', which the metadata of a "
+                                                "checkpoint never does; it is refused because it could run code"):
+            opening(checkpoint)
+    assert not attack.marker.exists()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"relative_path": "../good/__0_0.distcp"}, r"at 0 of '\.\./good/__0_0\.distcp': expected a place in a file of"),
+    ({"relative_path": ".."}, r"\.\. is missing: expected it beside \.metadata"),
+    ({"offset": -1}, "at -1 of '__0_0.distcp': expected a place in a file of this folder"),
+    ({"offset": "0"}, r"what \.metadata says about embedding\.word_embeddings\.weight is damaged: '<' not supp"),
+    ({"relative_path": None}, r"what \.metadata says about embedding\.word_embeddings\.weight is damaged: "),
+])
+def test_places_outside_the_folder_are_refused(checkpoint, change, message):
+    def move(metadata):
+        place = next(place for index, place in metadata.storage_data.items() if "word_embeddings" in index.fqn)
+        vars(place).update(change)
+
+    edit_metadata(checkpoint, move)
+    with pytest.raises(FlexOlmoError, match=message):
+        open_megatron(checkpoint)
+
+
+def test_tensors_without_a_size_are_refused(checkpoint):
+    edit_metadata(checkpoint, lambda metadata: setattr(
+        metadata.state_dict_metadata["decoder.final_layernorm.weight"], "size", 32))
+    with pytest.raises(FlexOlmoError, match="is not the metadata of a torch_dist checkpoint"):
+        open_megatron(checkpoint)
 
 
 def test_a_chunk_without_a_place_and_a_record_of_another_shape(checkpoint, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.exchange import tensor_file
 from flexolmo_megatron.exchange.hash_pool import HashPool
 from flexolmo_megatron.exchange.tensor_file import TensorFile
 
@@ -48,6 +49,15 @@ def test_a_second_read_must_give_the_bytes_of_the_first(path, pooled, first):
         with pytest.raises(FlexOlmoError, match="was changed while it was being used; nothing of it can be trusted"):
             file.read("a")
             file.finish(expected)
+
+
+def test_a_tensor_larger_than_memory(path, monkeypatch):
+    def memory(num_bytes):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(tensor_file, "memory", memory)
+    with pytest.raises(FlexOlmoError, match="x.safetensors: a tensor of 4,000 bytes does not fit into memory"):
+        open_file(path).sha256()
 
 
 def test_the_open_file_counts_and_not_its_path(path):

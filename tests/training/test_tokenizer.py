@@ -1,3 +1,6 @@
+import io
+import json
+import shutil
 import sys
 
 import pytest
@@ -48,6 +51,18 @@ def test_folder_without_a_tokenizer(tmp_path):
         load_tokenizer({"type": "huggingface", "path": str(tmp_path)})
     assert str(caught.value).startswith(f"cannot load the tokenizer '{tmp_path}': expected 'byte', a folder")
     assert "\n" not in str(caught.value)
+
+
+def test_code_beside_a_tokenizer_is_not_run(word_tokenizer, tmp_path, monkeypatch):
+    folder = shutil.copytree(word_tokenizer, tmp_path / "folder")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')\nclass Evil: pass\n")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    path.write_text(json.dumps(settings | {"tokenizer_class": "Evil"}))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))  # transformers asks unless it is told
+    with pytest.raises(FlexOlmoError, match="cannot load the tokenizer"):
+        load_tokenizer({"type": "huggingface", "path": str(folder)})
+    assert not (tmp_path / "was run").exists()
 
 
 def test_tokenizer_without_an_end_of_sequence_token(word_tokenizer, tmp_path):
