@@ -153,6 +153,7 @@ def run_verify(args: argparse.Namespace) -> None:
     from flexolmo_megatron.convert.model import open_model, total_bytes
     from flexolmo_megatron.convert.progress import byte_progress
     from flexolmo_megatron.exchange.inspect import describe, render
+    from flexolmo_megatron.exchange.merge import compose
     from flexolmo_megatron.exchange.package import open_package
     from flexolmo_megatron.exchange.verify import AnchorReference, verify
 
@@ -162,6 +163,7 @@ def run_verify(args: argparse.Namespace) -> None:
         reference = AnchorReference.of(anchor, progress=add)
     with byte_progress(size, "verify") as add:
         package = verify(args.package, reference, add)
+    compose(anchor, [package])  # a name that is taken, or another router window
     show(render(describe(args.package) | {"contents": "intact, all numbers finite"}))
     _report_positive_bias({package.manifest.name: package.positive_bias_layers()})
     print(f"accepted: {args.package} may be merged into {args.anchor}")

@@ -7,6 +7,8 @@ from flexolmo_megatron.errors import FlexOlmoError, nearest
 
 MAX_ROUTER_WINDOW = 65_536
 """Longer windows would only cost: no text needs them."""
+UNHASHED = ("num_attention_heads", "num_query_groups", "rotary_base", "layernorm_epsilon")
+"""Fields of ``ModelConfig`` that change what the same tensors compute, so that a digest alone does not name a model."""
 
 
 @dataclass

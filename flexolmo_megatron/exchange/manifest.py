@@ -3,11 +3,11 @@
 Free text (owner, licence, contact) is carried and shown, never interpreted. Nothing here looks at tensors.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from flexolmo_megatron.config.card import ROUTER_FIELDS, check_expert_name
-from flexolmo_megatron.config.model import MAX_ROUTER_WINDOW
+from flexolmo_megatron.config.model import MAX_ROUTER_WINDOW, UNHASHED
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.untrusted import (
     check_digest,
@@ -31,7 +31,7 @@ DTYPES = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of the expert; all but ffn_hidden_size must equal the anchor's."""
+    """Sizes and constants of the expert; all but ffn_hidden_size must equal the anchor's."""
 
     num_layers: int
     hidden_size: int
@@ -41,8 +41,19 @@ class Architecture:
     """One of ``DTYPES``."""
     router_window: int = 1
     """Positions over which routing logits were averaged in training; all experts of a model have the same."""
+    num_attention_heads: int | None = None
+    num_query_groups: int | None = None
+    rotary_base: float | None = None
+    layernorm_epsilon: float | None = None
+    """These four change what the anchor's tensors compute, and its digest does not show them; None: not said."""
 
 
+_UNSAID = {field.name: field.default for field in fields(Architecture) if field.default is not MISSING}
+"""What a manifest may leave out."""
+_ARCHITECTURE = {**dict.fromkeys(("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+                                  "num_query_groups"), (int, 1, MAX_SIZE)),
+                 "router_window": (int, 1, MAX_ROUTER_WINDOW),
+                 **dict.fromkeys(("rotary_base", "layernorm_epsilon"), (float, 0, MAX_SIZE))}
 TRAINING_FIELDS = {"tokens": int, "steps": int, "lr": float, "seed": int, "dp": dict}
 """Summary of the owner's run: tokens and optimizer steps, peak learning rate, seed, differential privacy if any."""
 DP_FIELDS = {"epsilon": float, "delta": float, "noise_multiplier": float, "max_grad_norm": float}
@@ -73,9 +84,10 @@ class Manifest:
             check_digest(key, getattr(self, key))
         for key in ("owner", "licence", "contact"):
             check_text(key, getattr(self, key))
-        sizes = dict.fromkeys(("num_layers", "hidden_size", "ffn_hidden_size"), MAX_SIZE)
-        for key, largest in {**sizes, "router_window": MAX_ROUTER_WINDOW}.items():
-            check_number(f"architecture.{key}", getattr(self.architecture, key), int, smallest=1, largest=largest)
+        for key, (kind, smallest, largest) in _ARCHITECTURE.items():
+            value = getattr(self.architecture, key)
+            if value is not None or key not in UNHASHED:
+                check_number(f"architecture.{key}", value, kind, smallest=smallest, largest=largest)
         if self.architecture.dtype not in DTYPES:
             raise FlexOlmoError(f"architecture.dtype = {shown(self.architecture.dtype)}: expected one of "
                                 f"{', '.join(DTYPES)}")
@@ -86,8 +98,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
-        if self.architecture.router_window == 1:  # the paper's, which the file leaves out
-            del values["architecture"]["router_window"]
+        values["architecture"] = {key: value for key, value in values["architecture"].items()
+                                  if value != _UNSAID.get(key, MISSING)}
         return {"format_version": FORMAT_VERSION, **values}
 
 
@@ -114,6 +126,6 @@ def _parse(data: bytes) -> Manifest:
         raise FlexOlmoError(f"format_version = {shown(version)}: this program reads version {FORMAT_VERSION}")
     check_keys("manifest", values, Manifest)
     if isinstance(values["architecture"], dict):
-        values["architecture"].setdefault("router_window", 1)
+        values["architecture"] = _UNSAID | values["architecture"]
     check_keys("architecture", values["architecture"], Architecture)
     return Manifest(**{**values, "architecture": Architecture(**values["architecture"])})

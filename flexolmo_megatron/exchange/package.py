@@ -10,7 +10,7 @@ Either every layer has a bias or none.
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -170,8 +170,9 @@ def pack(pair: LazyModel, anchor_digest: str | None, out: str | os.PathLike, *, 
         training["dp"] = _only(DP_FIELDS, training["dp"])
     manifest = Manifest(
         name=name, anchor_digest=anchor_digest, sha256="0" * 64, owner=owner, licence=licence, contact=contact,
-        architecture=Architecture(card.model.num_layers, card.model.hidden_size, card.model.ffn_hidden_size,
-                                  DTYPE_NAMES[tensors["layers.0.gate_proj"].dtype], card.model.router_window),
+        architecture=Architecture(dtype=DTYPE_NAMES[tensors["layers.0.gate_proj"].dtype],
+                                  **{field.name: getattr(card.model, field.name) for field in fields(Architecture)
+                                     if field.name != "dtype"}),
         router=_only(ROUTER_FIELDS, card.experts[1].router), training=training,
     )
     with atomic_directory(out) as folder:

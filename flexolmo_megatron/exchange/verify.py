@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from flexolmo_megatron.config.card import PUBLIC
-from flexolmo_megatron.config.model import ModelConfig
+from flexolmo_megatron.config.model import UNHASHED, ModelConfig
 from flexolmo_megatron.convert.lazy import LazyModel
 from flexolmo_megatron.convert.model import select_experts
 from flexolmo_megatron.convert.rows import without_bias
@@ -84,11 +84,10 @@ def check_fits(package: Package, anchor: AnchorReference) -> None:
     if manifest.anchor_digest != anchor.digest:
         raise FlexOlmoError(f"{where} was trained against anchor {manifest.anchor_digest}, but this anchor is "
                             f"{anchor.digest}")
-    ours = {"num_layers": anchor.config.num_layers, "hidden_size": anchor.config.hidden_size,
-            "dtype": DTYPE_NAMES[anchor.dtype]}
-    for field, expected in ours.items():
+    ours = {field: getattr(anchor.config, field) for field in ("num_layers", "hidden_size", *UNHASHED)}
+    for field, expected in {**ours, "dtype": DTYPE_NAMES[anchor.dtype]}.items():
         found = getattr(manifest.architecture, field)
-        if found != expected:
+        if found != expected and not (found is None and field in UNHASHED):
             raise FlexOlmoError(f"{where}: architecture.{field} = {found}: the anchor has {expected}")
     if manifest.architecture.ffn_hidden_size > anchor.config.ffn_hidden_size:
         raise FlexOlmoError(f"{where}: architecture.ffn_hidden_size = {manifest.architecture.ffn_hidden_size}: "

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from flexolmo_megatron.config.model import UNHASHED
 from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor, padded
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.convert.names import expected_tensors
@@ -38,6 +39,10 @@ def open_anchor(pair: LazyModel, path: str | os.PathLike | None = None) -> LazyM
     digest = model_digest(anchor)
     if digest != pair.card.anchor_digest:
         raise FlexOlmoError(f"{path} has the digest {digest}: expected the pair's anchor, {pair.card.anchor_digest}")
+    for field in UNHASHED:
+        found, expected = getattr(anchor.card.model, field), getattr(pair.card.model, field)
+        if found != expected:
+            raise FlexOlmoError(f"{path} has {field} = {found}: the pair was trained with {expected}")
     return anchor
 
 

@@ -146,6 +146,7 @@ def test_inspect_a_package(make_package, capsys):
     (["merge", "--anchor", "anchor", "package_a", "--out", "package_a"], "package_a already exists"),
     (["verify", "anchor", "--anchor", "anchor"], "unexpected entry|holds"),
     (["verify", "package_a", "--anchor", "math_run"], "a model of kind 'pair' is no anchor"),
+    (["verify", "package_a", "--anchor", "merged_a"], "expert name 'a' appears twice"),
     (["pack", "anchor", "o"], "a checkpoint of kind 'moe' cannot be packed"),
     (["pack", "math_run", "o", "--name", "a/b"], "expert name 'a/b': expected"),
     (["pack", "math_run", "package_a"], "package_a already exists"),
@@ -155,6 +156,8 @@ def test_inspect_a_package(make_package, capsys):
 def test_bad_input(work, make_package, monkeypatch, words, message):
     make_package("a")
     monkeypatch.chdir(work)
+    if "merged_a" in words:
+        flexolmo("merge", "--anchor", "anchor", "package_a", "--out", "merged_a")
     before = sorted(path.name for path in work.iterdir())
     with pytest.raises(FlexOlmoError, match=message):
         flexolmo(*words)

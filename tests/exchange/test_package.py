@@ -27,7 +27,10 @@ def test_tensors_and_manifest(new_pair, digest, tmp_path):
     assert sum(counts) == sum(tensor.nbytes for tensor in tensors.values())
     written = json.loads((tmp_path / "p" / "manifest.json").read_text())
     assert written == manifest.to_json()
-    assert written["architecture"] == {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 12, "dtype": "BF16"}
+    assert written["architecture"] == {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 12, "dtype": "BF16",
+                                       "num_attention_heads": pair.card.model.num_attention_heads,
+                                       "num_query_groups": pair.card.model.num_query_groups,
+                                       "rotary_base": 500_000.0, "layernorm_epsilon": 1e-6}
     assert (written["anchor_digest"], written["owner"]) == (digest, "Ä\nB")
     package = open_package(tmp_path / "p")
     assert package.manifest == manifest and package.has_bias

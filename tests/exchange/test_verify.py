@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,6 +87,20 @@ def test_no_anchor(make_package, anchor, refused, kind, new_pair):
 ])
 def test_does_not_fit_the_anchor(make_package, refused, options, message):
     refused(make_package("math", **options), message)
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_attention_heads", 4), ("num_query_groups", 2),
+                                              ("rotary_base", 10_000.0), ("layernorm_epsilon", 1e-5)])
+def test_the_same_tensors_that_compute_something_else_are_another_anchor(make_package, anchor, refused, field, value):
+    package = make_package("math")
+    expected = getattr(anchor.card.model, field)
+    assert value != expected
+    other = replace(anchor, card=replace(anchor.card, model=replace(anchor.card.model, **{field: value})))
+    refused(package, rf"architecture\.{field} = {expected}: the anchor has {value}", other)
+    manifest = json.loads((package / "manifest.json").read_text())
+    del manifest["architecture"][field]
+    (package / "manifest.json").write_text(json.dumps(manifest))
+    verify(package, other)  # one that does not say what it was trained with
 
 
 @pytest.mark.parametrize(("field", "value", "message"), [

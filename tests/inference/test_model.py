@@ -165,6 +165,17 @@ def test_another_anchor_is_refused(pair, tmp_path):
         load_model(tmp_path / "pair", anchor=tmp_path / "dense")
 
 
+def test_the_anchors_tensors_with_other_constants_are_refused(pair, tmp_path):
+    from flexolmo_megatron.convert.model import open_model
+
+    save_model(pair, tmp_path / "pair", "megatron")
+    anchor = open_model(tmp_path / "anchor")
+    model = replace(anchor.card.model, rotary_base=10_000.0)
+    save_model(replace(anchor, card=replace(anchor.card, model=model)), tmp_path / "other", "megatron")
+    with pytest.raises(FlexOlmoError, match="other has rotary_base = 10000.0: the pair was trained with 500000.0"):
+        load_model(tmp_path / "pair", anchor=tmp_path / "other")
+
+
 def test_a_pair_that_does_not_know_its_anchor(pair, tmp_path):
     save_model(replace(pair, card=replace(pair.card, anchor_path=None)), tmp_path / "pair", "megatron")
     with pytest.raises(FlexOlmoError, match="the pair's card has no anchor_path"):
