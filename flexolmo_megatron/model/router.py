@@ -48,6 +48,23 @@ def hold_biases_at_zero(model: nn.Module) -> None:
             gradient.masked_fill_((module.bias >= 0) & (gradient < 0), 0)
 
 
+def _routing_of_a_smaller_router(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Softmax and top-k as upstream's, rounded so that columns of -inf change no bit of the others.
+
+    A softmax over E columns adds them up in an order that depends on E, and exp may depend on where a number lies: so
+    one column at a time, and equal probabilities in the order of the experts.
+
+    Returns:
+        Probabilities, 0 where an expert is not chosen, and the boolean map, both `[T, E]`.
+    """
+    largest_T = logits_TE.amax(dim=-1)
+    columns = [(column - largest_T).exp() for column in logits_TE.unbind(dim=-1)]
+    probs_TE = torch.stack(columns, dim=-1) / sum(columns).unsqueeze(-1)
+    chosen = probs_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    routing_map = torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(-1, chosen, True)
+    return probs_TE.where(routing_map, 0), routing_map
+
+
 class DomainRouter(TopKRouter):
     """Megatron's top-k router with the paper's bias and with expert exclusion."""
 
@@ -100,7 +117,10 @@ class DomainRouter(TopKRouter):
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map logits `[s, b, E]` to probabilities and a boolean map, both `[T, E]`, with at most top-k True per
         token."""
-        probs, routing_map = super().routing(logits, padding_mask)
+        if self.training:
+            probs, routing_map = super().routing(logits, padding_mask)
+        else:
+            probs, routing_map = _routing_of_a_smaller_router(logits.flatten(0, 1), self.topk)
         if self.allowed_BE is not None:
             # Where fewer than top-k experts are allowed, top-k has filled up with excluded ones at probability 0.
             # They must not be computed at all: 0 times a NaN weight is NaN.

@@ -21,8 +21,8 @@ def new_router():
     from flexolmo_megatron.model.config import transformer_config
     from flexolmo_megatron.model.router import DomainRouter
 
-    def build(top_k: int, bias: list[float] | None = None, **overrides):
-        model = replace(SIZES, num_experts=EXPERTS, top_k=top_k, router_bias=bias is not None)
+    def build(top_k: int, bias: list[float] | None = None, experts: int = EXPERTS, **overrides):
+        model = replace(SIZES, num_experts=experts, top_k=top_k, router_bias=bias is not None)
         router = DomainRouter(transformer_config(model, "moe", **overrides), get_default_pg_collection())
         router.set_layer_number(1)
         with torch.no_grad():
@@ -111,21 +111,23 @@ def test_z_loss(new_router, hidden, monkeypatch):
     torch.testing.assert_close(gradients[1], router.weight.grad, rtol=1e-5, atol=1e-8)
 
 
-def test_exclusion_is_that_of_a_smaller_router_bitwise(new_router, hidden):
-    router = new_router(3, bias=[0.0, -0.5, -1.0, -0.1, -0.2])
-    kept = [0, 3, 4]
-    allowed = torch.zeros(3, EXPERTS, dtype=torch.bool)
-    allowed[:, kept] = True
+@pytest.mark.parametrize("experts", [5, 16, 24, 70])
+def test_exclusion_is_that_of_a_smaller_router_bitwise(new_router, experts):
+    hidden = torch.randn(60, 3, SIZES.hidden_size, generator=torch.Generator().manual_seed(1))
+    router = new_router(2, bias=[-index / experts for index in range(experts)], experts=experts)
+    kept = [0, *range(3, experts, 2)]
+    removed = [index for index in range(experts) if index not in kept]
+    smaller = new_router(2, bias=[0.0] * len(kept), experts=len(kept))
     with torch.no_grad():
-        rows, bias = router.weight[kept], router.bias[kept]
-        removed = [index for index in range(EXPERTS) if index not in kept]
+        smaller.weight.copy_(router.weight[kept])
+        smaller.bias.copy_(router.bias[kept])
         router.weight[removed] = float("nan")
         router.bias[removed] = float("nan")
-        router.allowed_BE = allowed
+        router.allowed_BE = torch.ones(3, experts, dtype=torch.bool)
+        router.allowed_BE[:, removed] = False
         probs, routing_map = router(hidden)
-        flat = hidden.flatten(0, 1).view_as(hidden)
-        expected = (torch.stack([flat @ row for row in rows], dim=-1) + bias).flatten(0, 1).softmax(dim=-1)
-    assert torch.equal(probs[:, kept], expected)
+        expected, expected_map = smaller(hidden)
+    assert torch.equal(probs[:, kept], expected) and torch.equal(routing_map[:, kept], expected_map)
     assert not probs[:, removed].any() and not routing_map[:, removed].any()
 
 
