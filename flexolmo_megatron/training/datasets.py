@@ -110,6 +110,19 @@ def _read_index(prefix: str, what: str) -> _Stored:
     return _Stored(tokens, dtype, digest)
 
 
+def index_digests(blends: dict[str, str | Sequence[str | float]]) -> dict[str, str]:
+    """The digest of each data set's index, by its prefix: changes when any document's length does.
+
+    Args:
+        blends: by the options that name them, as ``parse_blend`` takes them.
+
+    Raises:
+        FlexOlmoError: a data set is missing or broken.
+    """
+    return {prefix: _read_index(prefix, what).index_digest
+            for what, blend in blends.items() for prefix in parse_blend(blend, what)[0]}
+
+
 def _check_vocabulary(prefix: str, stored: _Stored, tokenizer: Tokenizer, vocab_size: int) -> None:
     info = DatasetInfo.load(prefix)
     if info and info.tokens == stored.tokens:

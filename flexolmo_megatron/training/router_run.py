@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from flexolmo_megatron.config.card import PUBLIC, TUNED, TUNED_MODEL, UNTUNED, WITHOUT, RowSet
+from flexolmo_megatron.config.card import PUBLIC, TUNED, TUNED_MODEL, UNTUNED, WITHOUT, ModelCard, RowSet
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.convert.lazy import LazyModel
@@ -116,7 +116,21 @@ def row_set_runs(config: TrainConfig, planned: Plan) -> list[RowSetRun]:
             leave_one_out=False,
         )
         runs.append(RowSetRun(own, replace(planned, card=replace(planned.card, row_sets=[rows]))))
+    on_first_rank(lambda: _check_tuned_model(Path(config.out, TUNED_MODEL), runs))
     return runs
+
+
+def _check_tuned_model(path: Path, runs: list[RowSetRun]) -> None:
+    """Refuse to tune sets that a finished model, which is never overwritten, would not get."""
+    if not path.exists():
+        return
+    there = [rows.name for rows in ModelCard.load(path).row_sets]
+    missing = [run.plan.card.row_sets[0].name for run in runs if run.plan.card.row_sets[0].name not in there]
+    if missing:
+        raise FlexOlmoError(
+            f"{path} is written already, with the rows {', '.join(there)} and without {', '.join(missing)}: move it "
+            f"away and repeat the command, which tunes what is missing and writes the model anew"
+        )
 
 
 def write_tuned_model(merged: LazyModel, expected: str, checkpoints: Sequence[Path], out: Path) -> str:

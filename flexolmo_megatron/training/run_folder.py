@@ -1,5 +1,6 @@
 """The folder of a run: who may use it, and what a launch changes in it before the first step."""
 
+import json
 from operator import attrgetter
 from pathlib import Path
 
@@ -7,11 +8,15 @@ from flexolmo_megatron.config.load import load_config, save_config
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.convert.model import CHECKPOINTS
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.files import atomic_file
+from flexolmo_megatron.files import atomic_file, write_json
 from flexolmo_megatron.training.checkpoint import Found, all_step_folders, set_aside, sweep
 from flexolmo_megatron.training.console import say
+from flexolmo_megatron.training.datasets import index_digests
 from flexolmo_megatron.training.planning import Mode
 from flexolmo_megatron.training.signals import REQUEUE_FILE
+
+DATA_FILE = "data.json"
+"""What the run is trained on: the digest of each data set's index, by its prefix."""
 
 
 def check_folder(run: Path, mode: Mode, config: TrainConfig) -> None:
@@ -32,6 +37,7 @@ def check_folder(run: Path, mode: Mode, config: TrainConfig) -> None:
         )
     if all_step_folders(run) and (run / "config.yaml").is_file():
         _check_same_course(load_config(TrainConfig, paths=[str(run / "config.yaml")]), config)
+        _check_same_data(run, config)
 
 
 def claim(run: Path, mode: Mode, config: TrainConfig, found: Found) -> None:
@@ -54,6 +60,7 @@ def claim(run: Path, mode: Mode, config: TrainConfig, found: Found) -> None:
     except OSError as error:
         raise FlexOlmoError(f"out = {run} cannot be made: {error.strerror}") from error
     save_config(config, run / "config.yaml")
+    write_json(run / DATA_FILE, _data(config))
     (run / REQUEUE_FILE).unlink(missing_ok=True)
     for name in sweep(run):
         say(f"removed {CHECKPOINTS}/{name}, which a killed launch has left unfinished")
@@ -73,3 +80,21 @@ def _check_same_course(before: TrainConfig, now: TrainConfig) -> None:
             raise FlexOlmoError(
                 f"{name} = {new}: the run in {now.out} began with {old} and can only be resumed with that"
             )
+
+
+def _check_same_data(run: Path, config: TrainConfig) -> None:
+    """Other documents under the same names would be another order of samples, and go unnoticed."""
+    path = run / DATA_FILE
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    for prefix, digest in _data(config).items():
+        if before.get(prefix, digest) != digest:
+            raise FlexOlmoError(
+                f"{prefix} holds other documents than when the run in {run} began, which can only be resumed with those"
+            )
+
+
+def _data(config: TrainConfig) -> dict[str, str]:
+    data = config.data
+    sources = {"data.train": data.train, "data.public": data.public}
+    sources |= {f"data.proxies.{name}": prefixes for name, prefixes in data.proxies.items()}
+    return index_digests({name: prefixes for name, prefixes in sources.items() if prefixes})

@@ -1,6 +1,7 @@
 """A stopped and resumed run repeats an unbroken one bit by bit; see test_restarts.py for those that are killed."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -112,6 +113,22 @@ def test_other_samples_or_another_type_are_refused(expert_options, tmp_path, cap
         error = capsys.readouterr().err
         assert message in error and "can only be resumed with that" in error
     assert main(expert_options(tmp_path / "run")) == 0
+
+
+def test_other_documents_or_another_vector_are_refused(world, expert_options, tmp_path, capsys):
+    for name in ("own.bin", "own.idx", "own.json"):
+        shutil.copy(world / name, tmp_path / name)
+    options = f"data.train=[{tmp_path}/own]"
+    assert main(expert_options(tmp_path / "run", options, "stop_after=1")) == 0
+    vector = ["embed", "--anchor", f"{world}/anchor", f"{world}/own.jsonl", "--out", f"{tmp_path}/other.npz"]
+    assert main([*vector, "--documents", "7"]) == 0
+    assert main(expert_options(tmp_path / "run", options, f"expert.domain_vector={tmp_path}/other.npz")) == 2
+    assert "belongs to another run: its router rows' origin is" in capsys.readouterr().err
+    assert main(expert_options(tmp_path / "run", options, "stop_after=1")) == 0
+    for name in ("own.bin", "own.idx", "own.json"):
+        shutil.copy(world / name.replace("own", "public"), tmp_path / name)
+    assert main(expert_options(tmp_path / "run", options)) == 2
+    assert f"{tmp_path}/own holds other documents than when the run in" in capsys.readouterr().err
 
 
 def test_metrics_of_steps_that_are_done_again_are_dropped(expert_options, metrics, tmp_path):

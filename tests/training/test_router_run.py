@@ -171,6 +171,20 @@ def test_resumed_equals_unbroken(folder, run, tmp_path):
         assert model_digest(use_rows(ours, rows.name)) == model_digest(use_rows(theirs, rows.name))
 
 
+def test_sets_that_a_finished_model_lacks(folder, tmp_path, capsys):
+    assert main(options(folder, tmp_path / "run", "train_iters=2")) == 0
+    capsys.readouterr()
+    assert main(options(folder, tmp_path / "run", "train_iters=2", "--leave-one-out")) == 2
+    assert ("model is written already, with the rows tuned, untuned and without without-code, without-math: move it "
+            "away and repeat the command") in capsys.readouterr().err
+    assert not (tmp_path / "run" / "without").exists()
+    (tmp_path / "run" / "model").rename(tmp_path / "model")
+    assert main(options(folder, tmp_path / "run", "train_iters=2", "--leave-one-out")) == 0
+    assert main(options(folder, tmp_path / "run", "train_iters=2")) == 0
+    names = [rows.name for rows in open_model(tmp_path / "run").card.row_sets]
+    assert names == ["tuned", "without-code", "without-math", "untuned"]
+
+
 def test_a_run_that_has_not_ended_is_no_model_yet(folder, tmp_path, capsys):
     assert main(options(folder, tmp_path / "run", "stop_after=1")) == 0
     assert main(["inspect", str(tmp_path / "run")]) == 2
