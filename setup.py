@@ -41,7 +41,7 @@ setup(
         ],
         "embed": ["sentence-transformers>=3", "transformers>=4.57,<6"],
         "tasks": ["lm-eval>=0.4.13,<0.4.14"],
-        "te": ["transformer-engine[pytorch]>=2.11,<3"],
+        "te": ["transformer-engine[pytorch]>=2.10,<2.12"],
         "nemo": ["nemo_toolkit==2.7.3", "transformers~=4.57.0"],  # as requirements-nemo.txt says, not by pip's resolver
         "bridge": ["megatron-bridge==0.3.1", "transformers~=4.57.0"],
         "dev": ["transformers>=4.57,<6", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.8", "ruff>=0.17,<0.18",

@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
               file=sys.stderr)
         return 2
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG and error.filename:
+            print(f"flexolmo: {error.filename}: expected a shorter name", file=sys.stderr)
+            return 2
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename:
             raise
         _discard_output()

@@ -100,22 +100,31 @@ def _check_targets(args: argparse.Namespace, anchor: "LazyModel") -> None:
         raise FlexOlmoError(f"--centre compares with the rows of a published anchor: expected one, without --publish; "
                             f"{args.anchor} is a {card.kind} model")
     check_scale(args.scale)
+    check_sample(args)
     if not Path(args.out).resolve().parent.is_dir():
         raise FlexOlmoError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist")
-    if Path(args.out).is_dir():
-        raise FlexOlmoError(f"--out {args.out} is a folder; expected the name of a file")
+    for path in (args.out, f"{args.out}.state", f"{args.out}.public.state"):
+        if Path(path).is_dir():
+            raise FlexOlmoError(f"--out {args.out}: {path} is a folder; expected the name of a file")
     if args.publish:
         check_free(args.publish)
+
+
+def check_sample(args: argparse.Namespace) -> None:
+    """Check the numbers that a sample and its embedding are made with.
+
+    Raises:
+        FlexOlmoError: one is too small.
+    """
+    for name, least in (("documents", 1), ("max_tokens", 1), ("batch_size", 1), ("seed", 0), ("max_bad", 0)):
+        if (value := getattr(args, name)) < least:
+            raise FlexOlmoError(f"--{name.replace('_', '-')} {value}: expected a number of at least {least}")
 
 
 def _sample(args: argparse.Namespace, patterns: Sequence[str]) -> list[str]:
     from flexolmo_megatron.domain.sample import reservoir_sample
     from flexolmo_megatron.training.documents import BadDocuments, stream_documents
 
-    if args.documents < 1:
-        raise FlexOlmoError(f"--documents {args.documents}: expected a number of at least 1")
-    if args.seed < 0:
-        raise FlexOlmoError(f"--seed {args.seed}: expected a number of at least 0")
     bad = BadDocuments(args.max_bad)
     stream = stream_documents(patterns, args.text_key, bad)
     texts = reservoir_sample((document.text for document in stream), args.documents, args.seed)

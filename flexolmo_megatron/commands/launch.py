@@ -51,13 +51,14 @@ def _describe_options() -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Run ``flexolmo launch``."""
-    from flexolmo_megatron.launch.check import check_layouts, missing_inputs
+    from flexolmo_megatron.launch.check import check_arguments, check_layouts, missing_inputs
     from flexolmo_megatron.launch.load import load_launch
     from flexolmo_megatron.launch.slurm import plan_jobs, require_sbatch, show, submit
 
     config = load_launch(args.config, args.overrides)
     jobs = plan_jobs(config)
     stages = {job.stage: job.experts for job in jobs}
+    check_arguments(config, stages)
     check_layouts(config, stages)
     if not jobs:
         print(f"{config.out}: everything is there already")

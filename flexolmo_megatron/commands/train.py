@@ -13,7 +13,8 @@ MODES = {
     "dense": "a dense model, from anchor= or random weights (baselines)",
     "moe": "an unrestricted mixture, all weights jointly, from anchor= or random weights (baselines)",
     "router": "the router rows and biases of a merged model, all else frozen; needs merged=, public data as "
-    "data.train= and data.proxies.NAME= of owners (by default optimizer.lr=2e-3 optimizer.lr_warmup_iters=100)",
+    "data.train= and data.proxies.NAME= of owners (by default optimizer.lr=1e-4 "
+    "optimizer.lr_warmup_iters=100 moe_z_loss_coeff=0; the paper's are optimizer.lr=2e-3 moe_z_loss_coeff=1e-3)",
 }
 
 
@@ -25,7 +26,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         description="Train, or resume, one run. On several devices: "
         "torchrun --nproc-per-node N -m flexolmo_megatron.train MODE …",
         epilog="SIGTERM and SIGUSR1 end a run after its step, with a checkpoint and exit status 75; under torchrun, "
-        "which ends with 1 then,\nthe file OUT/requeue says so. The same command goes on with the run.\n\n"
+        "which ends with 1 then,\nthe file OUT/requeue says so. The same command goes on with the run. torchrun kills "
+        "what has not ended after 30\nseconds: where a step and a checkpoint take longer, raise its "
+        "--shutdown-timeout.\n\n"
         "options of a run (KEY=VALUE, or in a YAML file):\n\n" + describe_options(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

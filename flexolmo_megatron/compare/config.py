@@ -9,6 +9,8 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
+from flexolmo_megatron.commands.embed import check_sample
+from flexolmo_megatron.commands.words import as_words, parse_words
 from flexolmo_megatron.compare.settings import ABLATIONS, ROLE_DEFAULTS, SETTINGS, TRAINED_ROWS
 from flexolmo_megatron.config.card import check_expert_name
 from flexolmo_megatron.config.layout import data_parallel_size
@@ -125,7 +127,7 @@ class CompareConfig:
     embed: dict[str, Any] = field(default_factory=dict)
     """Options of `flexolmo embed` for all domain vectors, for example {embedder: anchor, scale: 2, documents: 1000}."""
     proxy_tokens: int | None = None
-    """Budget of each owner's proxies; by default what router tuning reads of each, but at least that of twenty
+    """Budget of each owner's proxies, by default what router tuning reads of each; in any case at least that of twenty
     documents and at most a fifth of the public data."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured."""
@@ -250,7 +252,7 @@ def load_compare(path: str, overrides: Sequence[str] = ()) -> CompareConfig:
 
 
 def _check(config: CompareConfig) -> None:
-    from flexolmo_megatron.evaluation.methods import FAMILIES
+    from flexolmo_megatron.evaluation.methods import FAMILIES, Settings
 
     if not config.owners:
         raise FlexOlmoError("owners is empty: expected at least one owner with documents")
@@ -282,8 +284,29 @@ def _check(config: CompareConfig) -> None:
             raise FlexOlmoError(f"variants: {name!r} is the name of a usual ablation; choose another")
         if not isinstance(changes, Mapping):
             raise FlexOlmoError(f"variants.{name} = {changes!r}: expected options of owners' runs")
-        if (setting := changes.get("setting", "default")) not in SETTINGS:
+        setting = changes.get("setting", "default")
+        if not isinstance(setting, str) or setting not in SETTINGS:
             raise FlexOlmoError(f"variants.{name}.setting = {setting!r}: expected one of {', '.join(SETTINGS)}")
+    _check_embed(public_embed(config, None), "embed")
+    for name in (None, *config.ablations, *config.variants):
+        _check_embed(owner_options(config, name)[1], f"variants.{name}" if name in config.variants else "embed")
+    evaluation = config.evaluation
+    Settings(evaluation.btm_temperatures, evaluation.btm_top_k, evaluation.soup_temperature, evaluation.prompt_bytes)
+    for name, value in (("evaluation.max_bytes", evaluation.max_bytes), ("proxy_tokens", config.proxy_tokens),
+                        ("evaluation.batch_tokens", evaluation.batch_tokens),
+                        ("evaluation.classifier_documents", evaluation.classifier_documents)):
+        if value is not None and value < 1:
+            raise FlexOlmoError(f"{name} = {value}: expected at least 1")
+
+
+def _check_embed(embed: Mapping[str, Any], where: str) -> None:
+    """Check options of `flexolmo embed` as that command does."""
+    options = {key: value for key, value in embed.items() if key != "discriminant"}
+    given = parse_words(["embed", "docs", "--anchor", "anchor", "--out", "out", *as_words(options)], where)
+    from flexolmo_megatron.domain.embed import check_scale
+
+    check_scale(given.scale)
+    check_sample(given)
 
 
 def check_training(configs: Mapping[str, TrainConfig], processes: int) -> None:

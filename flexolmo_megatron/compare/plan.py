@@ -19,11 +19,12 @@ from flexolmo_megatron.compare.config import (
     training_config,
 )
 from flexolmo_megatron.compare.report import write_report
-from flexolmo_megatron.compare.scores import score
+from flexolmo_megatron.compare.scores import held_out, score
 from flexolmo_megatron.compare.steps import Plan, Step
 from flexolmo_megatron.config.card import PUBLIC
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import RouterTrainConfig, TrainConfig
+from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.methods import FAMILIES, Method, Models
 from flexolmo_megatron.training.documents import find_files
 
@@ -48,7 +49,7 @@ class Comparison:
     tokens: dict[str, int] = field(default_factory=dict)
     """Of one training run of each kind (``evaluation.methods.RUNS``)."""
     flops: dict[str, int] = field(default_factory=dict)
-    """The same; "dense" for an owner's dense run, and an ablation's name for an owner's run of it."""
+    """The same; "dense" for an owner's dense run, and the method's name for an owner's run of an ablation."""
     runs: dict[str, TrainConfig] = field(default_factory=dict)
     """By step, the configuration of its training run."""
     scores: dict[int, str] = field(default_factory=dict)
@@ -65,7 +66,7 @@ class Comparison:
         if method.family in DENSE_FAMILIES:
             owners = "dense"
         elif method.family == "ablations":
-            owners = next((name for name in self.flops if method.name == f"FlexOlmo, {name}"), "owner")
+            owners = method.name if method.name in self.flops else "owner"
         flops = sum(count * self.flops[owners if kind == "owner" else kind] for kind, count in method.runs.items())
         return method.training_tokens({**self.tokens, "owner": self.tokens.get(owners, 0)}), flops
 
@@ -77,10 +78,14 @@ def build_comparison(config: CompareConfig) -> Comparison:
         FlexOlmoError: a file of documents that does not exist, or options that `flexolmo train` does not have.
     """
     comparison = Comparison(config, Plan(Path(config.out)))
+    held_out(config)  # texts that cannot be scored are refused before anything is trained
     for domain, texts in config.domains.items():
+        if seen := set(find_files(texts.train)) & set(find_files(texts.valid)):
+            raise FlexOlmoError(f"{domain}: {min(seen)} is in train and in valid: expected other documents in valid")
         comparison.plan.add(Step(f"data/{domain}", f"tokenize the documents of {domain}",
                                  work.tokenize(texts.train, config.tokenizer, config.text_key),
-                                 {"files": _files(texts.train), "tokenizer": config.tokenizer}))
+                                 {"files": _files(texts.train), "tokenizer": config.tokenizer,
+                                  "text_key": config.text_key}))
     chosen = comparison.families
     tunes = "flexolmo" in chosen and config.steps.router > 0
     if tunes:
@@ -279,7 +284,8 @@ class _Seed:
             steps.append(self.train(
                 f"{folder}experts/{owner}", "owner", f"train the expert {owner}{of}", config.model, config.steps.owner,
                 self.data(owner), (anchor, f"{self.prefix}/{vectors}/{owner}", f"data/{owner}", f"data/{PUBLIC}"),
-                kind=variant or "owner", given=self.owner_given(owner, anchor, vectors), options=options))
+                kind=f"FlexOlmo, {variant}" if variant else "owner", given=self.owner_given(owner, anchor, vectors),
+                options=options))
         window = None  # pairs say themselves what theirs is; dense copies get that of FlexOlmo's pairs
         if not self.comparison.runs[steps[0]].expert.coordination:
             window = owner_options(config, None)[0].get("expert.router_window", 1)
@@ -303,7 +309,8 @@ class _Seed:
         config, comparison, seed = self.config, self.comparison, self.seed
         options = {"families": list(self.chosen), "evaluation": asdict(config.evaluation),
                    "ablations": list(comparison.models[seed].ablations),
-                   "files": {domain: _files(texts.valid) for domain, texts in config.domains.items()}}
+                   "files": {domain: _files(texts.valid) for domain, texts in config.domains.items()},
+                   "text_key": config.text_key}
         comparison.scores[seed] = self.plan.add(Step(
             f"{self.prefix}/scores", "evaluate all methods", lambda folder: score(comparison, seed, folder), options,
             tuple(inputs), renewed=True))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flexolmo_megatron.commands.words import as_words
 from flexolmo_megatron.config.train import TrainConfig
 
 Work = Callable[[Path], None]
@@ -84,15 +85,6 @@ def vector(anchor: Path, documents: Sequence[str], public: Sequence[str], text_k
                 str(folder / "domain.npz"), *as_words(options))
 
     return work
-
-
-def as_words(options: Mapping[str, Any]) -> list[str]:
-    """Return options of a command as words of its command line: {max_tokens: 5} becomes --max-tokens 5."""
-    words: list[str] = []
-    for key, value in options.items():
-        if value is not False and value is not None:
-            words += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return words
 
 
 def merge(anchor: Path, experts: Mapping[str, Path], vectors: Mapping[str, Path], window: int | None,

@@ -41,7 +41,7 @@ class OptimizerConfig:
     """AdamW and its schedule; the defaults are the paper's for an owner's run (section 4.1)."""
 
     lr: float = 9e-4
-    """Highest learning rate. For router tuning the default is the paper's, 2e-3."""
+    """Highest learning rate. For router tuning the default is 1e-4."""
     min_lr: float = 0.0
     """Learning rate at the end of the schedule."""
     router_lr: float | None = None
@@ -287,8 +287,9 @@ class TrainConfig:
 class RouterTrainConfig(TrainConfig):
     """A run of `flexolmo train router`: other defaults."""
 
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-3, lr_warmup_iters=100))
-    """The paper's settings for router tuning (section 4.1)."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-4, lr_warmup_iters=100))
+    """A 20th of the paper's learning rate (section 4.1), at which rows forget what proxies do not show
+    (docs/routing.md)."""
     moe_z_loss_coeff: float = 0.0
     """A z-loss is on the level of the logits, which the softmax ignores and frozen layers set: in a model of 10 M
     parameters it was half as large as the loss, and spoiled the rows (docs/routing.md)."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_megatron.config.card import PUBLIC
-from flexolmo_megatron.convert.model import check_names
+from flexolmo_megatron.convert.model import check_names, open_model
 from flexolmo_megatron.errors import FlexOlmoError
 
 _MODEL_SYNTAX = ("expected NAME=PATH, NAME=PATH@EXPERT,... (only these experts) or NAME=PATH@-EXPERT,-EXPERT,... "
@@ -55,6 +55,22 @@ def file_stamp(path: Path) -> str:
     files = sorted((str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
                    for file in path.rglob("*") if file.is_file())
     return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def check_candidates(candidates: Sequence[Candidate]) -> None:
+    """Find, before any model is loaded, what would stop an evaluation half-way; reads no weights.
+
+    Raises:
+        FlexOlmoError: a name that comes twice, a missing checkpoint, an unknown expert.
+    """
+    names = [candidate.name for candidate in candidates]
+    for name in names:
+        if names.count(name) > 1:
+            raise FlexOlmoError(f"--model {name!r} is given {names.count(name)} times: expected a different name "
+                                "for each")
+    cards = {path: open_model(path).card for path in {candidate.path for candidate in candidates}}
+    for candidate in candidates:
+        candidate.experts(cards[candidate.path].expert_names)
 
 
 def candidate_settings(candidates: Sequence[Candidate]) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.convert.rows import Choice
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.evaluation.candidates import Candidate
+from flexolmo_megatron.evaluation.candidates import Candidate, check_candidates
 from flexolmo_megatron.evaluation.perplexity import DEFAULT_BATCH_TOKENS, DomainScore, evaluate_documents
 from flexolmo_megatron.evaluation.results import Results, check_reference
 from flexolmo_megatron.evaluation.routing import RoutingRecorder, RoutingShare
@@ -58,18 +57,11 @@ def check_inputs(candidates: Sequence[Candidate], domains: Mapping[str, Sequence
     """
     if not candidates or not domains:
         raise FlexOlmoError("nothing to evaluate: expected at least one --model and one --domain")
-    names = [candidate.name for candidate in candidates]
-    for name in names:
-        if names.count(name) > 1:
-            raise FlexOlmoError(f"--model {name!r} is given {names.count(name)} times: expected a different name "
-                                "for each")
     if reference is not None:
-        check_reference(reference, names)
+        check_reference(reference, [candidate.name for candidate in candidates])
     for files in domains.values():
         find_files(files)
-    cards = {path: open_model(path).card for path in {candidate.path for candidate in candidates}}
-    for candidate in candidates:
-        candidate.experts(cards[candidate.path].expert_names)
+    check_candidates(candidates)
 
 
 def _evaluate(model: Model, candidate: Candidate, domain: str, files: Sequence[str],

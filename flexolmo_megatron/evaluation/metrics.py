@@ -40,7 +40,7 @@ def read_metrics(run: str | os.PathLike) -> dict[int, dict[str, Any]]:
         try:
             record = json.loads(line)
             steps.setdefault(int(record["step"]), {}).update(record)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             if number == unfinished:
                 break
             raise FlexOlmoError(f"{path}:{number} is not a JSON object with a 'step', as a training run writes: "

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from flexolmo_megatron.commands.words import parse_words
 from flexolmo_megatron.config.card import check_published
 from flexolmo_megatron.config.layout import ModelKind, check_layout, data_parallel_size
 from flexolmo_megatron.config.model import ModelConfig
@@ -11,6 +12,28 @@ from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.launch.config import LaunchConfig, expert_names, published_anchor
 from flexolmo_megatron.launch.load import job_slurm, training_config
+
+
+def check_arguments(config: LaunchConfig, stages: dict[str, list[str]]) -> None:
+    """Check the words that the YAML file adds to single commands as those commands will.
+
+    Args:
+        config: the launch.
+        stages: as for ``check_layouts``.
+
+    Raises:
+        FlexOlmoError: a command has no such option, or a value is of another type.
+    """
+    embed = ["embed", "docs", "--anchor", "a", "--out", "o", *config.embed_arguments]
+    if {"anchor", "experts"} & set(stages):
+        parse_words(embed, "embed_arguments")
+    if config.experts and "experts" in stages:
+        parse_words([*embed, *config.experts.embed_arguments], "experts.embed_arguments")
+    if config.merge and {"merge", "router"} & set(stages):
+        parse_words(["merge", "p", "--anchor", "a", "--out", "o", *config.merge.merge_arguments],
+                    "merge.merge_arguments")
+        parse_words(["eval", "--model", "m=p", "--domain", "d=p", "--out", "o", *config.merge.eval_arguments],
+                    "merge.eval_arguments")
 
 
 def check_layouts(config: LaunchConfig, stages: dict[str, list[str]]) -> None:

@@ -40,7 +40,8 @@ class SlurmConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Further options of sbatch, for example {mem: 0, exclusive: true, constraint: a100}."""
     srun_options: dict[str, Any] = field(default_factory=dict)
-    """Options of every srun, for example {container-image: image.sqsh}. The shell does not expand them."""
+    """Options of every srun, for example {container-image: image.sqsh, container-mounts: '/project:/project',
+    container-workdir: /project}, the folder in which the launch is given. The shell does not expand them."""
 
     @property
     def processes_per_node(self) -> int:

@@ -12,8 +12,6 @@ from string import Template
 from typing import Any
 
 from flexolmo_megatron.launch.config import (
-    Expert,
-    ExpertsJob,
     LaunchConfig,
     MergeJob,
     SlurmConfig,
@@ -21,7 +19,7 @@ from flexolmo_megatron.launch.config import (
     published_anchor,
     training_of,
 )
-from flexolmo_megatron.launch.load import job_slurm
+from flexolmo_megatron.launch.load import job_slurm, training_config
 
 
 class _BatchFile(Template):
@@ -53,25 +51,32 @@ def render_experts(config: LaunchConfig, names: list[str]) -> str:
     job = config.experts
     assert job is not None
     every = list(job.each)
-    cases = "\n".join(_case(index, name, job, expert) for index, (name, expert) in enumerate(job.each.items()))
+    cases = "\n".join(_case(config, index, name) for index, name in enumerate(every))
     return _render("experts", config, "logs/experts_%a.log", array=",".join(str(every.index(name)) for name in names),
                    anchor=shlex.quote(published_anchor(config)), cases=cases,
                    embed=shlex.join([*config.embed_arguments, *job.embed_arguments]))
 
 
-def _case(index: int, name: str, job: ExpertsJob, expert: Expert) -> str:
+def _case(config: LaunchConfig, index: int, name: str) -> str:
     """The lines of one expert in the script of all experts."""
+    job = config.experts
+    assert job is not None
+    expert, training = job.each[name], training_config(config, "experts", name)
     merged = training_of(job, expert)
     vector = '"$out/experts/$name/domain.npz"' if expert.domain_vector is None else shlex.quote(expert.domain_vector)
     described = [word for option in ("owner", "licence", "contact") if getattr(expert, option)
                  for word in (f"--{option}", getattr(expert, option))]
+    dense = []  # a dense copy says nothing about itself
+    if not training.expert.coordination:
+        dense = ['--name "$name" --anchor "$anchor" --domain-vector "$vector"',
+                 f"--router-window {training.expert.router_window}"]
     return "\n".join((
         f"{index})",
         f"    name={shlex.quote(name)}",
         f"    vector={vector}",
         f"    documents=({shlex.join(expert.documents)})",
         f"    training=({_training(merged.preset, merged.config, merged.options)})",
-        f"    package=({shlex.join(described)})",
+        f"    package=({' '.join([shlex.join(described), *dense])})",
         "    ;;",
     ))
 

@@ -54,6 +54,11 @@ from tests.slurm.cluster import unavailable
     (["slurm.nodes=3"], "anchor: global_batch_size = "),
     (["anchor.options=['data.train=[x]', parallel.tensor=3]"], "anchor: parallel.tensor = 3"),
     (["experts.slurm={nodes: 1, tasks_per_node: 3}"], "experts.each.code: global_batch_size = "),
+    (["embed_arguments=[--sclae, '2']"], "embed_arguments: unrecognized arguments: --sclae 2"),
+    (["experts.embed_arguments=[--scale, x]"], "experts.embed_arguments: argument --scale: invalid float value: 'x'"),
+    (["merge.merge_arguments=[--topk, '2']"], "merge.merge_arguments: unrecognized arguments: --topk"),
+    (["merge.eval_arguments=[--help]"], "merge.eval_arguments: expected options that run it"),
+    (["merge.eval_arguments=[--max-byte, '2', --oops]"], "merge.eval_arguments: "),
     (["embed_arguments=[--public, x]"], "embed_arguments: --public compares with a published anchor, which is for "
                                         "experts alone: expected it in experts.embed_arguments"),
     (["experts.each.code.options=['data.train=[x]', expert.router_window=8]"],

@@ -41,6 +41,14 @@ def test_what_is_asked_of_slurm(capsys, launch_file, tmp_path):
                      "output": f"{tmp_path}/out/logs/merge.log"}
 
 
+def test_a_dense_copy_is_packed_with_what_it_does_not_say_itself(capsys, launch_file):
+    text = scripts(dry_run(capsys, launch_file, "experts.each.code.options=['data.train=[x]', "
+                                                "expert.coordination=false]"))["experts.sbatch"]
+    packages = [line.strip() for line in text.splitlines() if line.strip().startswith("package=(")]
+    dense = '--name "$name" --anchor "$anchor" --domain-vector "$vector" --router-window 1)'
+    assert [line.endswith(dense) for line in packages] == [True, False]
+
+
 def test_without_gpus_and_names_nothing_of_a_cluster_is_asked_for(capsys, launch_file):
     text = dry_run(capsys, launch_file, "slurm.gpus_per_node=0", "slurm.partition=null", "slurm.time=null")
     for stage in ("anchor", "experts", "merge"):

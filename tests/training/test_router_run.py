@@ -236,12 +236,12 @@ def test_public_data_and_owners_in_equal_shares():
     assert blend[::2] == pytest.approx([1 / 6, 1 / 6, 1 / 4, 1 / 12, 1 / 3])
 
 
-def test_the_papers_settings_are_the_defaults():
+def test_defaults_of_its_own():
     from flexolmo_megatron.config.train import RouterTrainConfig, TrainConfig
 
-    optimizer = RouterTrainConfig().optimizer
-    assert (optimizer.lr, optimizer.lr_warmup_iters) == (2e-3, 100)
-    assert TrainConfig().optimizer.lr == 9e-4
+    config = RouterTrainConfig()
+    assert (config.optimizer.lr, config.optimizer.lr_warmup_iters, config.moe_z_loss_coeff) == (1e-4, 100, 0)
+    assert (TrainConfig().optimizer.lr, TrainConfig().moe_z_loss_coeff) == (9e-4, 1e-3)
 
 
 def tuned_in(folder: str, out: str, *more: str) -> None:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.errors import FlexOlmoError, nearest
-from flexolmo_megatron.evaluation.candidates import Candidate, candidate_settings
+from flexolmo_megatron.evaluation.candidates import Candidate, candidate_settings, check_candidates, file_stamp
 from flexolmo_megatron.evaluation.settings import check_same_settings
 from flexolmo_megatron.evaluation.suites.judge import Judge
 from flexolmo_megatron.evaluation.suites.load import Suite, SuiteTask, build_task, harness_tasks
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.api.task import ConfigurableTask
 
+_BOOTSTRAP_SAMPLES = 100
+"""Of metrics whose standard error has no closed form."""
 SETUP = "setup.json"
 
 
@@ -90,8 +91,8 @@ def score_task(lm: "LM", name: str, task: SuiteTask, built: "ConfigurableTask", 
     from lm_eval.evaluator import evaluate
 
     limits = [number for number in (limit, task.limit) if number is not None]
-    found = evaluate(lm=lm, task_dict={"tasks": {name: built}}, limit=min(limits, default=None), bootstrap_iters=0,
-                     log_samples=False, confirm_run_unsafe_code=False)
+    found = evaluate(lm=lm, task_dict={"tasks": {name: built}}, limit=min(limits, default=None),
+                     bootstrap_iters=_BOOTSTRAP_SAMPLES, log_samples=False, confirm_run_unsafe_code=False)
     values = {key: value for key, value in found["results"][name].items() if key.partition(",")[0] == task.metric}
     key = next((key for key in values if task.filter in (None, key.partition(",")[2])), None)
     if key is None:
@@ -111,7 +112,7 @@ class _Done:
         self._folder = out / "tasks"
         if (out / SETUP).exists():
             check_same_settings(out, "a run", read_json(out / SETUP, "the settings of a suite's run"), setup)
-        elif out.exists() and any(out.iterdir()):
+        elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise FlexOlmoError(f"{out} already exists and holds no run of a suite; name a new directory")
         self._folder.mkdir(parents=True, exist_ok=True)
         write_json(out / SETUP, setup)
@@ -154,11 +155,11 @@ def run_suite(suite: Suite, candidates: Sequence[Candidate], out: Path, options:
         raise FlexOlmoError("nothing to run: " + "; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
     if options.data is not None and not options.data.is_dir():
         raise FlexOlmoError(f"--data {options.data} is no folder: expected one of local data sets")
-    for candidate in candidates:
-        candidate.experts(open_model(candidate.path).card.expert_names)
+    check_candidates(candidates)
     setup = {
         "suite": suite.name, "limit": options.limit, "dtype": options.dtype, "rows": options.rows, "seed": options.seed,
         "data": None if options.data is None else str(options.data),
+        "data_files": None if options.data is None else file_stamp(options.data),
         "judge": None if options.judge is None else options.judge.model,
         **candidate_settings(candidates),
     }

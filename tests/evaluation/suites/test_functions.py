@@ -39,6 +39,7 @@ def test_math_answers():
 
 def test_programs_are_run_with_limits():
     assert passes("assert 1 + 1 == 2")
+    assert not passes("import sys\nsys.exit(0)\nassert False") and not passes("def f(): return 5\n\nexit()")
     assert not passes("assert 1 + 1 == 3") and not passes("while True: pass", seconds=1) and not passes("x = (")
     (doc,) = DOCS["humaneval"]([{"prompt": "def f(x):\n", "test": "def check(g):\n    assert g(2) == 4",
                                  "entry_point": "f"}])
