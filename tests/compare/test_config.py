@@ -23,6 +23,17 @@ from flexolmo_megatron.errors import FlexOlmoError
     ("ablations=[no bias, no bias]", "two of them would be in the folder ablations/no_bias: expected none twice"),
     ("variants.paper={expert.bias: false}", "'paper' is the name of a usual ablation"),
     ("variants.x=3", "variants.x = 3: expected options"),
+    ("embed.sclae=2", "embed: unrecognized arguments: --sclae 2"),
+    ("embed.scale=-1", "--scale -1.0: expected a number above 0"),
+    ("embed.documents=abc", "embed: argument --documents: invalid int value: 'abc'"),
+    ("embed.max_tokens=0", "--max-tokens 0: expected a number of at least 1"),
+    ("variants.x={embed.foo: 1}", "variants.x: unrecognized arguments: --foo 1"),
+    ("evaluation.max_bytes=0", "evaluation.max_bytes = 0: expected at least 1"),
+    ("evaluation.btm_temperatures=[0]", "btm_temperatures = 0.0: expected a number above 0"),
+    ("evaluation.prompt_bytes=0", "prompt_bytes = 0: expected at least 1"),
+    ("evaluation.classifier_documents=0", "evaluation.classifier_documents = 0: expected at least 1"),
+    ("proxy_tokens=-3", "proxy_tokens = -3: expected at least 1"),
+    ("variants.x={setting: [1]}", "variants.x.setting = [1]: expected one of default, paper"),
     ("variants.x={setting: best}", "variants.x.setting = 'best': expected one of default, paper"),
 ])
 def test_impossible_values_are_refused_with_the_nearest(config_file: str, override: str, message: str) -> None:

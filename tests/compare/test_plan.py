@@ -145,6 +145,25 @@ def test_missing_documents_are_found_before_anything_runs(config_file: str) -> N
         planned(config_file, "owners.math.valid=[nothing.jsonl]")
 
 
+def test_texts_that_cannot_be_scored_are_found_before_anything_runs(config_file: str) -> None:
+    config = load_compare(config_file, [])
+    config.public.valid = config.public.train
+    with pytest.raises(FlexOlmoError, match="public: .* is in train and in valid: expected other documents in valid"):
+        build_comparison(config)
+    with pytest.raises(FlexOlmoError, match="expected"):
+        planned(config_file, "evaluation.max_bytes=100")
+
+
+def test_another_text_key_is_other_data(config_file: str) -> None:
+    steps = planned(config_file).plan.steps
+    assert all(steps[name].options["text_key"] == "text" for name in ("data/math", "seed_1/scores"))
+
+
+def test_a_variant_named_like_a_kind_of_run_has_its_own_budget(config_file: str) -> None:
+    comparison = planned(config_file, "variants.dense={expert.anchor_kl_coeff: 1.0}")
+    assert comparison.flops["FlexOlmo, dense"] > comparison.flops["owner"] != comparison.flops["dense"]
+
+
 def test_slurm_arrays_follow_the_levels(config_file: str, tmp_path: Path) -> None:
     comparison = planned(config_file, "slurm.partition=gpu", "slurm.time=02:00:00", "methods=[public,dense,flexolmo]")
     jobs = plan_arrays(comparison)

@@ -1,7 +1,9 @@
 """The suite on tiny local data sets: what it computes, skips, keeps, and refuses."""
 
 import json
+import math
 import re
+import shutil
 
 import pytest
 
@@ -38,10 +40,10 @@ def data(tmp_path_factory):
     write(folder, "squad", train=squad[:5], validation=squad[5:])
     write(folder, "mbpp", test=[{"text": "Add one.", "code": "def f(x): return x + 1",
                                  "test_list": ["assert f(1) == 2"]}])
-    math = [{"problem": f"1 + {index}?", "solution": f"\\boxed{{{index + 1}}}"} for index in range(5)]
+    problems = [{"problem": f"1 + {index}?", "solution": f"\\boxed{{{index + 1}}}"} for index in range(5)]
     for name in ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
                  "prealgebra", "precalculus"):
-        write(folder, f"math_{name}", train=math[:4], test=math[4:])
+        write(folder, f"math_{name}", train=problems[:4], test=problems[4:])
     write(folder, "gsm8k/gsm8k-cot", test=[{"question": "1 + 1?", "answer": "It is so. #### 2"}])
     return folder
 
@@ -108,6 +110,25 @@ def test_the_command(models, data, tmp_path, capsys, monkeypatch):
     assert computed == ["squad"], "a score belongs to the task as it was"
     assert main([*command, "--seed", "1"]) == 2
     assert "holds a run with seed = 0, and this one has 1: name a new directory" in capsys.readouterr().err
+
+
+def test_standard_errors_and_data_that_has_changed(models, data, tmp_path, capsys):
+    data = shutil.copytree(data, tmp_path / "data")
+    command = ["suite", "--model", f"m={models['merged']}", "--data", str(data), "--tasks", "arc_easy", "--out",
+               str(tmp_path / "suite")]
+    assert main(command) == 0
+    found = json.loads((tmp_path / "suite" / "results.json").read_text())["tasks"]["m"]["arc_easy"]
+    share, count = found["score"] / 100, found["documents"]
+    assert found["stderr"] == pytest.approx(100 * math.sqrt(share * (1 - share) / (count - 1)))
+    file = next((data / "arc_easy").glob("test.*"))
+    file.write_text("\n".join(file.read_text().splitlines()[:3]) + "\n")
+    assert main(command) == 2
+    assert "holds a run with data_files = " in capsys.readouterr().err
+    assert main([*command, "--model", f"m={models['export']}"]) == 2
+    assert "--model 'm' is given 2 times: expected a different name for each" in capsys.readouterr().err
+    (tmp_path / "file").write_text("mine")
+    assert main([*command[:-1], str(tmp_path / "file")]) == 2
+    assert "file already exists and holds no run of a suite" in capsys.readouterr().err
 
 
 def test_means_of_parts_and_code(models, data, tmp_path):
