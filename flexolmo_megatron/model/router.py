@@ -48,6 +48,20 @@ def hold_biases_at_zero(model: nn.Module) -> None:
             gradient.masked_fill_((module.bias >= 0) & (gradient < 0), 0)
 
 
+def forget_router_gradients(model: nn.Module) -> None:
+    """Take out of the final gradients those of rows and biases that stay as they start (optimizer.router_lr=0): they
+    would count in the norm that all gradients are clipped by.
+
+    Args:
+        model: see ``hold_biases_at_zero``.
+    """
+    for module in model.modules():
+        if isinstance(module, DomainRouter):
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.main_grad.zero_()
+
+
 def _routing_of_a_smaller_router(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Softmax and top-k as upstream's, rounded so that columns of -inf change no bit of the others.
 

@@ -162,7 +162,8 @@ def build_datasets(*, train: str | Sequence[str | float] | None, valid: str | Se
 
     Raises:
         FlexOlmoError: a data set is missing, broken, too small, of another tokenizer or outside of the vocabulary.
-            Raised on every rank.
+            Raised on every rank; but where the indices cannot be written, on the one that writes them, and the others
+            wait in Megatron's barrier until the launcher ends them.
     """
     blends = {name: parse_blend(given, f"data.{name}") if given is not None else None
               for name, given in (("train", train), ("valid", valid), ("test", test))}

@@ -14,7 +14,7 @@ from megatron.core.utils import get_model_config
 from flexolmo_megatron.config.card import ModelCard
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.errors import StopRequested
-from flexolmo_megatron.model.router import hold_biases_at_zero
+from flexolmo_megatron.model.router import forget_router_gradients, hold_biases_at_zero
 from flexolmo_megatron.runtime.ranks import on_first_rank, together
 from flexolmo_megatron.runtime.setup import initialize, world_size
 from flexolmo_megatron.training import checkpoint
@@ -151,17 +151,19 @@ def _training_state(config: TrainConfig, begun: Start) -> TrainingState:
     megatron_config = get_model_config(begun.chunks[0])
     megatron_config.grad_scale_func = optimizer.scale_loss
     state = TrainingState(begun.chunks, optimizer, build_scheduler(config, optimizer))
-    megatron_config.finalize_model_grads_func = partial(_finalize_gradients, state)
+    megatron_config.finalize_model_grads_func = partial(_finalize_gradients, state, config.optimizer.router_lr == 0)
     no_sync = [chunk.no_sync for chunk in begun.chunks]
     megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return state
 
 
 def _finalize_gradients(
-    state: TrainingState, chunks: list[DistributedDataParallel], *args: Any, **options: Any
+    state: TrainingState, fixed_rows: bool, chunks: list[DistributedDataParallel], *args: Any, **options: Any
 ) -> None:
     """What Megatron's schedule calls after the last backward pass; notes what this rank's own gradients were."""
     state.largest_own_gradient = largest_gradient(chunks)
     finalize_model_grads(chunks, *args, **options)
     for chunk in chunks:
         hold_biases_at_zero(chunk)
+        if fixed_rows:
+            forget_router_gradients(chunk)

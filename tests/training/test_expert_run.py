@@ -125,6 +125,22 @@ def test_the_router_has_its_own_learning_rate(world, expert_options, tmp_path):
     )
 
 
+def test_rows_that_stay_do_not_count_in_the_gradients_norm(world, expert_options, metrics, tmp_path):
+    norms = {}
+    for rate in ("0", "1e-12"):
+        assert main(expert_options(tmp_path / rate, f"optimizer.router_lr={rate}", "train_iters=1")) == 0
+        norms[rate] = metrics(tmp_path / rate)[0]["grad_norm"]
+    assert 0 < norms["0"] < norms["1e-12"]
+    pair = open_model(tmp_path / "0")
+    from flexolmo_megatron.domain.vector import load_vector
+
+    vector = load_vector(world / "own.npz")
+    for layer in range(2):
+        mlp = f"model.layers.{layer}.mlp"
+        assert torch.equal(pair.tensors[f"{mlp}.gate.weight"].read()[0], torch.from_numpy(vector.row(layer)))
+        assert not pair.tensors[f"{mlp}.gate.bias"].read().any()
+
+
 @pytest.mark.parametrize("option, moved", [("expert.bias=false", False), ("expert.bias=true", True)])
 def test_a_bias_only_where_asked_for(expert_options, tmp_path, option, moved):
     assert main(expert_options(tmp_path / "run", option, "train_iters=2")) == 0
