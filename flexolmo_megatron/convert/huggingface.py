@@ -4,7 +4,6 @@ Only safetensors files are read: pickled weights (.bin) are refused, because loa
 """
 
 import os
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from flexolmo_megatron.convert.lazy import LazyModel, LazyTensor
 from flexolmo_megatron.convert.names import check_tensors, expected_tensors
 from flexolmo_megatron.convert.rows import open_rows, save_rows, without_bias
 from flexolmo_megatron.convert.safetensors_io import open_file, write_shards
+from flexolmo_megatron.convert.tokenizer_files import copy_tokenizer, tokenizer_folder, tokenizer_in
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import atomic_directory, read_json, write_json
 
@@ -30,8 +30,6 @@ WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _BYTE_VOCABULARY = 512
 """Largest vocabulary that is taken for the 257 ids of the byte tokenizer, padded."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 
 
 def _open_sharded(directory: Path) -> dict[str, LazyTensor]:
@@ -69,13 +67,6 @@ def _open_tensors(directory: Path) -> dict[str, LazyTensor]:
     raise FlexOlmoError(f"{directory} has no weights: expected {SINGLE_FILE} or {INDEX_FILE}")
 
 
-def _tokenizer(directory: Path, known: dict[str, str]) -> dict[str, str]:
-    """Describe the tokenizer that lies in the directory itself, if one does; ``known`` otherwise."""
-    if any((directory / name).exists() for name in _TOKENIZER_FILES):
-        return {"type": "huggingface", "path": str(directory.resolve())}
-    return known
-
-
 def _check_count(config: ModelConfig, tensors: dict[str, LazyTensor], where: str) -> None:
     """Refuse sizes that the files cannot hold before lists of that many experts and tensors are made."""
     count = config.num_layers * max(1, config.num_experts)
@@ -91,8 +82,8 @@ def _card(directory: Path, config: ModelConfig, kind: Kind) -> ModelCard:
         card = ModelCard(kind, config, numbered_experts(config.num_experts))
         # A larger vocabulary is not one of bytes: loading a tokenizer that is not there then says so.
         missing = {"type": "huggingface", "path": str(directory.resolve())}
-        return replace(card, tokenizer=_tokenizer(
-            directory, card.tokenizer if config.vocab_size <= _BYTE_VOCABULARY else missing))
+        usual = card.tokenizer if config.vocab_size <= _BYTE_VOCABULARY else missing
+        return replace(card, tokenizer=tokenizer_in(directory) or usual)
     card = ModelCard.load(directory)
     if card.kind != kind:
         raise FlexOlmoError(f"{directory / CARD_FILE} has kind {card.kind!r}: expected {kind!r}, as {where} says")
@@ -101,7 +92,7 @@ def _card(directory: Path, config: ModelConfig, kind: Kind) -> ModelCard:
         if ours[key] != value:
             raise FlexOlmoError(f"{directory / CARD_FILE} has model.{key} = {ours[key]!r}: expected {value!r}, as "
                                 f"{where} says")
-    return replace(card, tokenizer=_tokenizer(directory, card.tokenizer))
+    return replace(card, tokenizer=tokenizer_in(directory) or card.tokenizer)
 
 
 def check_dtypes(tensors: dict[str, LazyTensor], where: str) -> None:
@@ -146,26 +137,13 @@ def describe_bias(model: LazyModel) -> str:
             f"-b, at most {largest:.4g}, so that they are chosen more often and weigh more")
 
 
-def _tokenizer_folder(tokenizer: dict[str, str]) -> Path | None:
-    folder = Path(tokenizer.get("path", ""))
-    return folder if tokenizer["type"] == "huggingface" and folder.is_dir() else None
-
-
 def _special_tokens(tokenizer: dict[str, str]) -> dict[str, Any]:
     """Return the ids that the config.json beside the tokenizer gives; none if there is no such file."""
-    folder = _tokenizer_folder(tokenizer)
+    folder = tokenizer_folder(tokenizer)
     if folder is None or not (folder / CONFIG_FILE).is_file():
         return {}
     values = read_json(folder / CONFIG_FILE, "the config.json of a Hugging Face model")
     return {key: values[key] for key in SPECIAL_TOKENS if key in values}
-
-
-def _copy_tokenizer(tokenizer: dict[str, str], directory: Path) -> None:
-    """Put the tokenizer beside the weights, where transformers looks for it, if it is a local folder."""
-    folder = _tokenizer_folder(tokenizer)
-    for name in _TOKENIZER_FILES if folder else ():
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, directory / name)
 
 
 def save_huggingface(model: LazyModel, path: str | os.PathLike, drop_bias: bool = False,
@@ -198,6 +176,6 @@ def save_huggingface(model: LazyModel, path: str | os.PathLike, drop_bias: bool 
     with atomic_directory(path) as directory:
         write_json(directory / CONFIG_FILE, config)
         model.card.save(directory)
-        _copy_tokenizer(card.tokenizer, directory)
+        copy_tokenizer(card.tokenizer, directory)
         save_rows(model, directory)
         write_shards(directory, model.tensors, max_shard_bytes)

@@ -9,7 +9,7 @@ alone, tensors are read with ``weights_only``, and from files of the checkpoint'
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from flexolmo_megatron.convert.names import (
 )
 from flexolmo_megatron.convert.rows import open_rows
 from flexolmo_megatron.convert.safetensors_io import read_into
+from flexolmo_megatron.convert.tokenizer_files import tokenizer_folder, tokenizer_in
 from flexolmo_megatron.convert.torch_metadata import METADATA_FILE, read_metadata
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.untrusted import shown
@@ -167,6 +168,9 @@ def open_megatron(directory: str | os.PathLike) -> LazyModel:
     tensors = {name: LazyTensor(dtypes[name], shape, partial(_read_canonical, shape, dtypes[name], sources[name]))
                for name, shape in expected_tensors(card.model, card.kind).items()}
     check_dtypes(tensors, str(directory))
+    if card.tokenizer["type"] == "huggingface" and tokenizer_folder(card.tokenizer) is None:
+        # The folder is gone, or the checkpoint is on another machine; that folder goes first, since it may hold more.
+        card = replace(card, tokenizer=tokenizer_in(directory) or card.tokenizer)
     return LazyModel(card, tensors, open_rows(directory, card))
 
 

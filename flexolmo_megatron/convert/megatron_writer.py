@@ -27,6 +27,7 @@ from flexolmo_megatron.convert.names import (
     megatron_tensors,
 )
 from flexolmo_megatron.convert.rows import save_rows
+from flexolmo_megatron.convert.tokenizer_files import copy_tokenizer
 from flexolmo_megatron.files import atomic_directory, write_json
 from flexolmo_megatron.streaming import streaming_file
 
@@ -102,6 +103,7 @@ def write_megatron(model: LazyModel, directory: Path) -> None:
     FileSystemWriter(directory, sync_files=False).finish(metadata, [results])
     write_json(directory / "metadata.json", _FORMAT)
     save_rows(model, directory)
+    copy_tokenizer(card.tokenizer, directory)
     card.save(directory)
 
 

@@ -4,6 +4,7 @@ import pickle
 import resource
 import shutil
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -328,3 +329,18 @@ def test_a_full_disk_leaves_nothing(tmp_path, save):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_moved_checkpoint_has_its_tokenizer_with_it(tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    model = lazy_model("moe")
+    named = replace(model, card=replace(model.card, tokenizer={"type": "huggingface", "path": str(folder)}))
+    save_megatron(named, tmp_path / "a")
+    assert open_megatron(tmp_path / "a").card.tokenizer["path"] == str(folder)
+    folder.rename(tmp_path / "gone")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert open_megatron(tmp_path / "b").card.tokenizer == {"type": "huggingface", "path": str(tmp_path / "b")}
+    save_megatron(open_megatron(tmp_path / "b"), tmp_path / "c")
+    assert (tmp_path / "c" / "tokenizer.json").read_text() == "{}"
