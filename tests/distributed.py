@@ -90,6 +90,10 @@ def _main(call: Path) -> None:
     spec.loader.exec_module(module)
     result = getattr(module, name)(*args)
     call.with_name(f"result{os.environ['RANK']}").write_bytes(pickle.dumps(result))
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()  # as `flexolmo train` ends: left to the interpreter, gloo aborts at times
 
 
 if __name__ == "__main__":

@@ -78,14 +78,14 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--publish", metavar="DIR",
                         help="also write the published anchor, a FlexOlmo model with one expert, to this new directory")
     parser.add_argument("--format", choices=("hf", "megatron"), default="hf",
-                        help="of the published anchor: hf is safetensors and JSON alone, which a receiver can open "
-                             "without running anyone's code (default: %(default)s)")
+                        help="of the published anchor: hf is safetensors and JSON alone, which also other programs "
+                             "open without running code (default: %(default)s)")
     parser.set_defaults(run=run)
 
 
 def _check_targets(args: argparse.Namespace, anchor: "LazyModel") -> None:
     """Refuse before the long work what would fail after it."""
-    from flexolmo_megatron.domain.embed import check_scale
+    from flexolmo_megatron.domain.embed import check_options
 
     card = anchor.card
     if args.publish and card.kind != "dense":
@@ -99,8 +99,7 @@ def _check_targets(args: argparse.Namespace, anchor: "LazyModel") -> None:
     if args.centre and (card.kind == "dense" or args.publish):
         raise FlexOlmoError(f"--centre compares with the rows of a published anchor: expected one, without --publish; "
                             f"{args.anchor} is a {card.kind} model")
-    check_scale(args.scale)
-    check_sample(args)
+    check_options(args.documents, args.seed, args.max_tokens, args.batch_size, args.scale)
     if not Path(args.out).resolve().parent.is_dir():
         raise FlexOlmoError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist")
     for path in (args.out, f"{args.out}.state", f"{args.out}.public.state"):
@@ -108,17 +107,6 @@ def _check_targets(args: argparse.Namespace, anchor: "LazyModel") -> None:
             raise FlexOlmoError(f"--out {args.out}: {path} is a folder; expected the name of a file")
     if args.publish:
         check_free(args.publish)
-
-
-def check_sample(args: argparse.Namespace) -> None:
-    """Check the numbers that a sample and its embedding are made with.
-
-    Raises:
-        FlexOlmoError: one is too small.
-    """
-    for name, least in (("documents", 1), ("max_tokens", 1), ("batch_size", 1), ("seed", 0), ("max_bad", 0)):
-        if (value := getattr(args, name)) < least:
-            raise FlexOlmoError(f"--{name.replace('_', '-')} {value}: expected a number of at least {least}")
 
 
 def _sample(args: argparse.Namespace, patterns: Sequence[str]) -> list[str]:

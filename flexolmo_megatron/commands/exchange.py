@@ -155,15 +155,16 @@ def run_verify(args: argparse.Namespace) -> None:
     from flexolmo_megatron.exchange.inspect import describe, render
     from flexolmo_megatron.exchange.merge import compose
     from flexolmo_megatron.exchange.package import open_package
-    from flexolmo_megatron.exchange.verify import AnchorReference, verify
+    from flexolmo_megatron.exchange.verify import AnchorReference, anchor_of, verify
 
-    size = open_package(args.package).num_bytes  # refuse what can be refused before reading gigabytes
+    unread = open_package(args.package)  # refuse what can be refused before reading gigabytes
     anchor = open_model(args.anchor)
+    anchor_of(anchor)
+    compose(anchor, [unread])  # a name that is taken, or another router window
     with byte_progress(total_bytes(anchor), "digest of the anchor") as add:
         reference = AnchorReference.of(anchor, progress=add)
-    with byte_progress(size, "verify") as add:
+    with byte_progress(unread.num_bytes, "verify") as add:
         package = verify(args.package, reference, add)
-    compose(anchor, [package])  # a name that is taken, or another router window
     show(render(describe(args.package) | {"contents": "intact, all numbers finite"}))
     _report_positive_bias({package.manifest.name: package.positive_bias_layers()})
     print(f"accepted: {args.package} may be merged into {args.anchor}")

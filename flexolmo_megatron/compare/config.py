@@ -9,8 +9,6 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from flexolmo_megatron.commands.embed import check_sample
-from flexolmo_megatron.commands.words import as_words, parse_words
 from flexolmo_megatron.compare.settings import ABLATIONS, ROLE_DEFAULTS, SETTINGS, TRAINED_ROWS
 from flexolmo_megatron.config.card import check_expert_name
 from flexolmo_megatron.config.layout import data_parallel_size
@@ -20,6 +18,7 @@ from flexolmo_megatron.config.train import ParallelConfig, RouterTrainConfig, Tr
 from flexolmo_megatron.errors import FlexOlmoError, nearest
 from flexolmo_megatron.launch.config import SlurmConfig
 from flexolmo_megatron.launch.load import reject_unknown
+from flexolmo_megatron.words import as_words, parse_words
 
 ROLES = {"public": "anchor", "owner": "expert", "dense": "dense", "btx": "moe", "unrestricted": "moe",
          "router": "router"}
@@ -303,10 +302,9 @@ def _check_embed(embed: Mapping[str, Any], where: str) -> None:
     """Check options of `flexolmo embed` as that command does."""
     options = {key: value for key, value in embed.items() if key != "discriminant"}
     given = parse_words(["embed", "docs", "--anchor", "anchor", "--out", "out", *as_words(options)], where)
-    from flexolmo_megatron.domain.embed import check_scale
+    from flexolmo_megatron.domain.embed import check_options
 
-    check_scale(given.scale)
-    check_sample(given)
+    check_options(given.documents, given.seed, given.max_tokens, given.batch_size, given.scale)
 
 
 def check_training(configs: Mapping[str, TrainConfig], processes: int) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexolmo_megatron.commands.words import as_words
 from flexolmo_megatron.config.train import TrainConfig
+from flexolmo_megatron.words import as_words
 
 Work = Callable[[Path], None]
 

@@ -96,6 +96,10 @@ def _chunks(key: str, stored: TensorStorageMetadata, storage: dict, directory: P
     chunks = []
     for chunk in stored.chunks:
         box = tuple((first, first + size) for first, size in zip(chunk.offsets, chunk.sizes, strict=True))
+        if not all(type(first) is int and type(last) is int and 0 <= first <= last <= size
+                   for (first, last), size in zip(box, stored.size, strict=True)):
+            raise FlexOlmoError(f"{directory}: a part of {key} is said to be at {list(chunk.offsets)} with the sizes "
+                                f"{list(chunk.sizes)}: expected a part of {list(stored.size)}")
         place = storage.get(MetadataIndex(key, chunk.offsets))
         if place is None or getattr(place, "transform_descriptors", None):
             raise FlexOlmoError(f"{directory}: the part of {key} at {list(chunk.offsets)} is "
@@ -118,14 +122,15 @@ def _check_files(chunks: list[_Chunk]) -> None:
         ends[chunk.path] = max(ends.get(chunk.path, 0), chunk.start + chunk.length)
     for path, end in ends.items():
         if not path.is_file():
-            raise FlexOlmoError(f"{path} is missing: expected it beside {METADATA_FILE}, which names it")
+            raise FlexOlmoError(f"{path.parent}: {shown(path.name)} is missing: expected it beside {METADATA_FILE}, "
+                                "which names it")
         if (size := path.stat().st_size) < end:
             raise FlexOlmoError(f"{path} is truncated: {size} bytes, expected at least {end}")
 
 
 def _read_canonical(shape: tuple[int, ...], dtype: torch.dtype,
                     sources: list[tuple[Piece, list[_Chunk]]]) -> torch.Tensor:
-    result = torch.empty(shape, dtype=dtype)
+    result = torch.zeros(shape, dtype=dtype)  # parts that overlap may leave a hole: never what memory held before
     for piece, chunks in sources:
         for chunk in chunks:
             part = intersect(piece.box, chunk.box)

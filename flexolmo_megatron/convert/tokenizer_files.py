@@ -9,8 +9,8 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
 
 def tokenizer_folder(tokenizer: dict[str, str]) -> Path | None:
     """Return the folder that a card's tokenizer is in; None for a name, for bytes, and for a folder that is gone."""
-    folder = Path(tokenizer.get("path", ""))
-    return folder if tokenizer["type"] == "huggingface" and folder.is_dir() else None
+    path = tokenizer.get("path") if tokenizer["type"] == "huggingface" else None
+    return Path(path) if path and Path(path).is_dir() else None
 
 
 def tokenizer_in(directory: Path) -> dict[str, str] | None:

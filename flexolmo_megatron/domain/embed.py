@@ -109,6 +109,19 @@ def check_scale(norm: float) -> None:
         raise FlexOlmoError(f"--scale {norm}: expected a number above 0")
 
 
+def check_options(documents: int, seed: int, max_tokens: int, batch_size: int, scale: float) -> None:
+    """Check the numbers that a sample and its embedding are made with, before there is either.
+
+    Raises:
+        FlexOlmoError: one is too small; named like the options of `flexolmo embed`.
+    """
+    for name, value, least in (("documents", documents, 1), ("seed", seed, 0), ("max-tokens", max_tokens, 1),
+                               ("batch-size", batch_size, 1)):
+        if value < least:
+            raise FlexOlmoError(f"--{name} {value}: expected a number of at least {least}")
+    check_scale(scale)
+
+
 def domain_vector(
     embedder: Embedder,
     texts: Sequence[str],

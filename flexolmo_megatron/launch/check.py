@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from flexolmo_megatron.commands.words import parse_words
 from flexolmo_megatron.config.card import check_published
 from flexolmo_megatron.config.layout import ModelKind, check_layout, data_parallel_size
 from flexolmo_megatron.config.model import ModelConfig
@@ -12,6 +11,7 @@ from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.launch.config import LaunchConfig, expert_names, published_anchor
 from flexolmo_megatron.launch.load import job_slurm, training_config
+from flexolmo_megatron.words import parse_words
 
 
 def check_arguments(config: LaunchConfig, stages: dict[str, list[str]]) -> None:

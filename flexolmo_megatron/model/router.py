@@ -17,8 +17,14 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
+from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.model.config import FlexOlmoTransformerConfig
 from flexolmo_megatron.model.router_window import LogitHistory, window_mean_of_part
+
+_UPSTREAM = {"moe_router_pre_softmax": True, "moe_router_score_function": "softmax", "moe_router_num_groups": None,
+             "moe_router_topk_scaling_factor": None, "moe_router_enable_expert_bias": False,
+             "moe_expert_capacity_factor": None}
+"""Options of upstream's router that would make another one of it, in training alone."""
 
 
 class _NonPositive(torch.autograd.Function):
@@ -66,7 +72,7 @@ def _routing_of_a_smaller_router(logits_TE: Tensor, top_k: int) -> tuple[Tensor,
     """Softmax and top-k as upstream's, rounded so that columns of -inf change no bit of the others.
 
     A softmax over E columns adds them up in an order that depends on E, and exp may depend on where a number lies: so
-    one column at a time, and equal probabilities in the order of the experts.
+    one column at a time, and equal logits in the order of the experts.
 
     Returns:
         Probabilities, 0 where an expert is not chosen, and the boolean map, both `[T, E]`.
@@ -74,7 +80,8 @@ def _routing_of_a_smaller_router(logits_TE: Tensor, top_k: int) -> tuple[Tensor,
     largest_T = logits_TE.amax(dim=-1)
     columns = [(column - largest_T).exp() for column in logits_TE.unbind(dim=-1)]
     probs_TE = torch.stack(columns, dim=-1) / sum(columns).unsqueeze(-1)
-    chosen = probs_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    # By logits: probabilities of 0 would tie with those of -inf.
+    chosen = logits_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     routing_map = torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(-1, chosen, True)
     return probs_TE.where(routing_map, 0), routing_map
 
@@ -89,6 +96,9 @@ class DomainRouter(TopKRouter):
     """What an answer's earlier passes have left, set by ``remembered``; None where each pass has whole sequences."""
 
     def __init__(self, config: FlexOlmoTransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
+        for name, only in _UPSTREAM.items():
+            if getattr(config, name) != only:
+                raise FlexOlmoError(f"{name} = {getattr(config, name)!r}: expected {only!r}, the paper's router")
         super().__init__(config=config, pg_collection=pg_collection)
         if config.router_bias:
             self.bias = self._new_bias(self.num_experts, self.weight.device)

@@ -27,7 +27,7 @@ from flexolmo_megatron.training.optimization import build_optimizer, build_sched
 from flexolmo_megatron.training.planning import Mode, plan
 from flexolmo_megatron.training.resume import check_same_card
 from flexolmo_megatron.training.router_run import row_set_runs, write_tuned_model
-from flexolmo_megatron.training.run_folder import check_folder, claim
+from flexolmo_megatron.training.run_folder import check_folder, claim, inputs_of
 from flexolmo_megatron.training.run_plan import Plan
 from flexolmo_megatron.training.signals import REQUEUE_FILE, StopSignals
 from flexolmo_megatron.training.start import Start, start
@@ -66,7 +66,8 @@ def train(mode: Mode, config: TrainConfig) -> Path:
 
 def _train(mode: Mode, config: TrainConfig, planned: Plan, signals: StopSignals) -> Path:
     run = Path(config.out)
-    on_first_rank(lambda: check_folder(run, mode, config))
+    inputs = on_first_rank(lambda: inputs_of(config))
+    on_first_rank(lambda: check_folder(run, mode, config, inputs))
     found = checkpoint.find_intact(run, config.checkpoint_hash)
     begun = together(lambda: start(planned, config, resumes=found.path is not None))
     datasets = run_datasets(config, begun.card)
@@ -74,7 +75,7 @@ def _train(mode: Mode, config: TrainConfig, planned: Plan, signals: StopSignals)
     if found.path is not None:
         on_first_rank(lambda: check_same_card(found.path, begun.card))
         checkpoint.load(found.path, state)
-    on_first_rank(lambda: claim(run, mode, config, found))
+    on_first_rank(lambda: claim(run, mode, config, inputs, found))
     if found.path is not None:
         say(f"resuming from {found.path} at step {state.step}")
     return Loop(config, run, begun.card, datasets, state, signals).train()
@@ -151,14 +152,16 @@ def _training_state(config: TrainConfig, begun: Start) -> TrainingState:
     megatron_config = get_model_config(begun.chunks[0])
     megatron_config.grad_scale_func = optimizer.scale_loss
     state = TrainingState(begun.chunks, optimizer, build_scheduler(config, optimizer))
-    megatron_config.finalize_model_grads_func = partial(_finalize_gradients, state, config.optimizer.router_lr == 0)
+    megatron_config.finalize_model_grads_func = partial(
+        _finalize_gradients, state, fixed_rows=config.optimizer.router_lr == 0
+    )
     no_sync = [chunk.no_sync for chunk in begun.chunks]
     megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return state
 
 
 def _finalize_gradients(
-    state: TrainingState, fixed_rows: bool, chunks: list[DistributedDataParallel], *args: Any, **options: Any
+    state: TrainingState, chunks: list[DistributedDataParallel], *args: Any, fixed_rows: bool, **options: Any
 ) -> None:
     """What Megatron's schedule calls after the last backward pass; notes what this rank's own gradients were."""
     state.largest_own_gradient = largest_gradient(chunks)

@@ -1,6 +1,6 @@
 """The folder of a run: who may use it, and what a launch changes in it before the first step."""
 
-import json
+import hashlib
 from operator import attrgetter
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from flexolmo_megatron.config.load import load_config, save_config
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.convert.model import CHECKPOINTS
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.files import atomic_file, write_json
+from flexolmo_megatron.files import atomic_file, read_json, write_json
 from flexolmo_megatron.training.checkpoint import Found, all_step_folders, set_aside, sweep
 from flexolmo_megatron.training.console import say
 from flexolmo_megatron.training.datasets import index_digests
@@ -16,11 +16,33 @@ from flexolmo_megatron.training.planning import Mode
 from flexolmo_megatron.training.signals import REQUEUE_FILE
 
 DATA_FILE = "data.json"
-"""What the run is trained on: the digest of each data set's index, by its prefix."""
+"""What the run is made from: sha256 of each data set's index, by its prefix, and of the domain vector, by its path."""
 
 
-def check_folder(run: Path, mode: Mode, config: TrainConfig) -> None:
+def inputs_of(config: TrainConfig) -> dict[str, str]:
+    """What ``DATA_FILE`` holds; rank 0 alone.
+
+    Raises:
+        FlexOlmoError: a data set is missing or broken.
+    """
+    data = config.data
+    sources = {"data.train": data.train, "data.public": data.public}
+    sources |= {f"data.proxies.{name}": prefixes for name, prefixes in data.proxies.items()}
+    inputs = index_digests({name: prefixes for name, prefixes in sources.items() if prefixes})
+    vector = config.expert.domain_vector
+    if vector is not None and Path(vector).is_file():
+        with open(vector, "rb") as file:
+            inputs[vector] = hashlib.file_digest(file, "sha256").hexdigest()
+    return inputs
+
+
+def check_folder(run: Path, mode: Mode, config: TrainConfig, inputs: dict[str, str]) -> None:
     """Check that the run's folder is free, or holds a run of the same kind and data; rank 0 alone. Changes nothing.
+
+    Args:
+        run: the folder.
+        mode, config: of this launch.
+        inputs: from ``inputs_of``.
 
     Raises:
         FlexOlmoError: it does not.
@@ -37,17 +59,17 @@ def check_folder(run: Path, mode: Mode, config: TrainConfig) -> None:
         )
     if all_step_folders(run) and (run / "config.yaml").is_file():
         _check_same_course(load_config(TrainConfig, paths=[str(run / "config.yaml")]), config)
-        _check_same_data(run, config)
+        _check_same_inputs(run, inputs)
 
 
-def claim(run: Path, mode: Mode, config: TrainConfig, found: Found) -> None:
+def claim(run: Path, mode: Mode, config: TrainConfig, inputs: dict[str, str], found: Found) -> None:
     """Mark the folder as this run's and clear away what earlier launches left; rank 0 alone.
 
     To be called when everything that can fail has succeeded: a start that fails changes nothing in an existing run.
 
     Args:
         run: the folder.
-        mode, config: written into it.
+        mode, config, inputs: written into it.
         found: what the run goes on from; newer checkpoints, which are damaged, are renamed.
 
     Raises:
@@ -60,7 +82,7 @@ def claim(run: Path, mode: Mode, config: TrainConfig, found: Found) -> None:
     except OSError as error:
         raise FlexOlmoError(f"out = {run} cannot be made: {error.strerror}") from error
     save_config(config, run / "config.yaml")
-    write_json(run / DATA_FILE, _data(config))
+    write_json(run / DATA_FILE, inputs)
     (run / REQUEUE_FILE).unlink(missing_ok=True)
     for name in sweep(run):
         say(f"removed {CHECKPOINTS}/{name}, which a killed launch has left unfinished")
@@ -82,19 +104,13 @@ def _check_same_course(before: TrainConfig, now: TrainConfig) -> None:
             )
 
 
-def _check_same_data(run: Path, config: TrainConfig) -> None:
-    """Other documents under the same names would be another order of samples, and go unnoticed."""
+def _check_same_inputs(run: Path, inputs: dict[str, str]) -> None:
+    """Other documents under the same names would be another order of samples, another vector one that the package does
+    not come from; both would go unnoticed."""
     path = run / DATA_FILE
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    for prefix, digest in _data(config).items():
-        if before.get(prefix, digest) != digest:
+    before = read_json(path, "what a run is made from") if path.is_file() else {}
+    for name, digest in inputs.items() if isinstance(before, dict) else ():
+        if before.get(name, digest) != digest:
             raise FlexOlmoError(
-                f"{prefix} holds other documents than when the run in {run} began, which can only be resumed with those"
+                f"{name} has changed since the run in {run} began, which can only be resumed with what it was then"
             )
-
-
-def _data(config: TrainConfig) -> dict[str, str]:
-    data = config.data
-    sources = {"data.train": data.train, "data.public": data.public}
-    sources |= {f"data.proxies.{name}": prefixes for name, prefixes in data.proxies.items()}
-    return index_digests({name: prefixes for name, prefixes in sources.items() if prefixes})

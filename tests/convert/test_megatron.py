@@ -5,6 +5,7 @@ import resource
 import shutil
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,7 +187,7 @@ def test_truncated_and_missing_files(checkpoint):
     with pytest.raises(FlexOlmoError, match=f"is truncated: {len(full) - 1} bytes, expected at least {len(full)}"):
         open_megatron(checkpoint)
     data.unlink()
-    with pytest.raises(FlexOlmoError, match="__0_0.distcp is missing: expected it beside .metadata, which names it"):
+    with pytest.raises(FlexOlmoError, match="good: '__0_0.distcp' is missing: expected it beside .metadata, which"):
         open_megatron(checkpoint)
     metadata = checkpoint / ".metadata"
     metadata.write_bytes(metadata.read_bytes()[:-40])
@@ -270,9 +271,30 @@ def test_metadata_of_a_stranger_runs_no_code(checkpoint, tmp_path, where):
     assert not attack.marker.exists()
 
 
+@pytest.mark.parametrize("target", ["cpathlib\nPosixPath\n", "ctorch.serialization\n_get_layout\n"])
+def test_metadata_of_a_stranger_changes_no_class(checkpoint, target):
+    # The pickle: target, BUILD with (None, {"cache": "x"}), which would be setattr(target, "cache", "x").
+    (checkpoint / ".metadata").write_bytes(f"{target}(N(Vcache\nVx\ndtb.".encode())
+    cache = torch.serialization._get_layout.cache
+    with pytest.raises(FlexOlmoError, match="metadata changes something else than a record of a checkpoint"):
+        open_megatron(checkpoint)
+    assert torch.serialization._get_layout.cache is cache and not hasattr(Path, "cache")
+
+
+@pytest.mark.parametrize("offsets, sizes", [([0, 0], [-53, -32]), ([0, 0], [53.0, 32.0]), ([1, 0], [53, 32])])
+def test_parts_that_are_none_are_refused(checkpoint, offsets, sizes):
+    def change(metadata):
+        tensor = metadata.state_dict_metadata["output_layer.weight"]
+        vars(tensor.chunks[0]).update(offsets=offsets, sizes=sizes)
+
+    edit_metadata(checkpoint, change)
+    with pytest.raises(FlexOlmoError, match=r"a part of output_layer.weight is said to be at .*: expected a part of"):
+        open_megatron(checkpoint)
+
+
 @pytest.mark.parametrize("change, message", [
     ({"relative_path": "../good/__0_0.distcp"}, r"at 0 of '\.\./good/__0_0\.distcp': expected a place in a file of"),
-    ({"relative_path": ".."}, r"\.\. is missing: expected it beside \.metadata"),
+    ({"relative_path": ".."}, r"'\.\.' is missing: expected it beside \.metadata"),
     ({"offset": -1}, "at -1 of '__0_0.distcp': expected a place in a file of this folder"),
     ({"offset": "0"}, r"what \.metadata says about embedding\.word_embeddings\.weight is damaged: '<' not supp"),
     ({"relative_path": None}, r"what \.metadata says about embedding\.word_embeddings\.weight is damaged: "),

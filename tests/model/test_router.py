@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.runtime.setup import initialize
 from tests.random_models import SIZES
 
@@ -111,8 +112,9 @@ def test_z_loss(new_router, hidden, monkeypatch):
     torch.testing.assert_close(gradients[1], router.weight.grad, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("scale", [1, 80], ids=["", "with probabilities of 0"])
 @pytest.mark.parametrize("experts", [5, 16, 24, 70])
-def test_exclusion_is_that_of_a_smaller_router_bitwise(new_router, experts):
+def test_exclusion_is_that_of_a_smaller_router_bitwise(new_router, experts, scale):
     hidden = torch.randn(60, 3, SIZES.hidden_size, generator=torch.Generator().manual_seed(1))
     router = new_router(2, bias=[-index / experts for index in range(experts)], experts=experts)
     kept = [0, *range(3, experts, 2)]
@@ -121,6 +123,8 @@ def test_exclusion_is_that_of_a_smaller_router_bitwise(new_router, experts):
     with torch.no_grad():
         smaller.weight.copy_(router.weight[kept])
         smaller.bias.copy_(router.bias[kept])
+        for rows in (router.weight, smaller.weight):
+            rows *= scale
         router.weight[removed] = float("nan")
         router.bias[removed] = float("nan")
         router.allowed_BE = torch.ones(3, experts, dtype=torch.bool)
@@ -129,6 +133,11 @@ def test_exclusion_is_that_of_a_smaller_router_bitwise(new_router, experts):
         expected, expected_map = smaller(hidden)
     assert torch.equal(probs[:, kept], expected) and torch.equal(routing_map[:, kept], expected_map)
     assert not probs[:, removed].any() and not routing_map[:, removed].any()
+
+
+def test_another_router_of_upstreams_is_refused(new_router):
+    with pytest.raises(FlexOlmoError, match="moe_expert_capacity_factor = 0.5: expected None, the paper's router"):
+        new_router(2, moe_expert_capacity_factor=0.5)
 
 
 def test_top_k_becomes_the_number_that_is_left(new_router, hidden):

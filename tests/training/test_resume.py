@@ -128,7 +128,20 @@ def test_other_documents_or_another_vector_are_refused(world, expert_options, tm
     for name in ("own.bin", "own.idx", "own.json"):
         shutil.copy(world / name.replace("own", "public"), tmp_path / name)
     assert main(expert_options(tmp_path / "run", options)) == 2
-    assert f"{tmp_path}/own holds other documents than when the run in" in capsys.readouterr().err
+    assert f"{tmp_path}/own has changed since the run in" in capsys.readouterr().err
+
+
+def test_a_vector_that_was_made_anew_is_noticed(world, expert_options, tmp_path, capsys):
+    shutil.copy(world / "own.npz", tmp_path / "own.npz")
+    options = f"expert.domain_vector={tmp_path}/own.npz"
+    assert main(expert_options(tmp_path / "run", options, "stop_after=1")) == 0
+    vector = ["embed", "--anchor", f"{world}/anchor", f"{world}/own.jsonl", "--out", f"{tmp_path}/own.npz"]
+    assert main([*vector, "--scale", "2"]) == 0
+    assert main(expert_options(tmp_path / "run", options)) == 2
+    assert f"{tmp_path}/own.npz has changed since the run in" in capsys.readouterr().err
+    (tmp_path / "run" / "data.json").write_text("")
+    assert main(expert_options(tmp_path / "run", options)) == 2
+    assert "data.json cannot be read as what a run is made from" in capsys.readouterr().err
 
 
 def test_metrics_of_steps_that_are_done_again_are_dropped(expert_options, metrics, tmp_path):

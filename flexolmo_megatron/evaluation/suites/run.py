@@ -1,6 +1,7 @@
 """Running a suite: every model on every task; what is done is kept, so that the same call goes on after a stop."""
 
 import hashlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -90,6 +91,7 @@ def score_task(lm: "LM", name: str, task: SuiteTask, built: "ConfigurableTask", 
     """
     from lm_eval.evaluator import evaluate
 
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork for a bootstrap, beside CUDA
     limits = [number for number in (limit, task.limit) if number is not None]
     found = evaluate(lm=lm, task_dict={"tasks": {name: built}}, limit=min(limits, default=None),
                      bootstrap_iters=_BOOTSTRAP_SAMPLES, log_samples=False, confirm_run_unsafe_code=False)
@@ -108,8 +110,8 @@ def score_task(lm: "LM", name: str, task: SuiteTask, built: "ConfigurableTask", 
 class _Done:
     """Scores that are kept in a folder, one file per model and task, with the settings that they belong to."""
 
-    def __init__(self, out: Path, setup: dict[str, Any]) -> None:
-        self._folder = out / "tasks"
+    def __init__(self, out: Path, setup: dict[str, Any], data: Path | None) -> None:
+        self._folder, self._data = out / "tasks", data
         if (out / SETUP).exists():
             check_same_settings(out, "a run", read_json(out / SETUP, "the settings of a suite's run"), setup)
         elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -118,8 +120,10 @@ class _Done:
         write_json(out / SETUP, setup)
 
     def _path(self, model: str, leaf: str, task: SuiteTask) -> Path:
-        # With what the task is: the user may have changed the suite's file since.
-        key = repr((model, leaf, replace(task, verified="", differs="")))
+        # With what the task is: the user may have changed the suite's file, or the task's data, since.
+        local = self._data is not None and (self._data / leaf).is_dir()
+        key = repr((model, leaf, replace(task, verified="", differs=""),
+                    file_stamp(self._data / leaf) if local else None))
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
     def get(self, model: str, leaf: str, task: SuiteTask) -> TaskScore | None:
@@ -159,11 +163,10 @@ def run_suite(suite: Suite, candidates: Sequence[Candidate], out: Path, options:
     setup = {
         "suite": suite.name, "limit": options.limit, "dtype": options.dtype, "rows": options.rows, "seed": options.seed,
         "data": None if options.data is None else str(options.data),
-        "data_files": None if options.data is None else file_stamp(options.data),
         "judge": None if options.judge is None else options.judge.model,
         **candidate_settings(candidates),
     }
-    done = _Done(out, setup)
+    done = _Done(out, setup, options.data)
     scores: dict[str, dict[str, TaskScore]] = {candidate.name: {} for candidate in candidates}
     for path in dict.fromkeys(candidate.path for candidate in candidates):
         model = load_model(path, getattr(torch, options.dtype), anchor=options.anchor, rows=options.rows)
