@@ -24,8 +24,8 @@ def check_same_card(checkpoint: Path, card: ModelCard, saved: ModelCard | None =
         ("kind", saved.kind, card.kind),
         ("architecture", saved.model, card.model),
         ("experts", saved.expert_names, card.expert_names),
-        ("router rows' origin", [e.router for e in saved.experts], [e.router for e in card.experts]),
         ("anchor digest", saved.anchor_digest, card.anchor_digest),
+        ("router rows' origin", [e.router for e in saved.experts], [e.router for e in card.experts]),
         ("merged model's digest", saved.merged_digest, card.merged_digest),
         ("row set", *([(s.name, s.experts, s.proxies) for s in sets] for sets in (saved.row_sets, card.row_sets))),
     ):
