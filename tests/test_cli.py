@@ -92,6 +92,11 @@ def test_a_closed_folder_is_one_sentence(monkeypatch, capsys):
     )
 
 
+def test_a_name_that_no_file_system_takes_is_one_sentence(capsys):
+    assert cli.main(["inspect", "x" * 300]) == 2
+    assert capsys.readouterr().err == f"flexolmo: {'x' * 300}/manifest.json: expected a shorter name\n"
+
+
 def test_unknown_words_are_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["verify", "a", "b"])

@@ -155,11 +155,10 @@ def run_verify(args: argparse.Namespace) -> None:
     from flexolmo_megatron.exchange.inspect import describe, render
     from flexolmo_megatron.exchange.merge import compose
     from flexolmo_megatron.exchange.package import open_package
-    from flexolmo_megatron.exchange.verify import AnchorReference, anchor_of, verify
+    from flexolmo_megatron.exchange.verify import AnchorReference, verify
 
     unread = open_package(args.package)  # refuse what can be refused before reading gigabytes
     anchor = open_model(args.anchor)
-    anchor_of(anchor)
     compose(anchor, [unread])  # a name that is taken, or another router window
     with byte_progress(total_bytes(anchor), "digest of the anchor") as add:
         reference = AnchorReference.of(anchor, progress=add)

@@ -300,10 +300,10 @@ def _check(config: CompareConfig) -> None:
 
 def _check_embed(embed: Mapping[str, Any], where: str) -> None:
     """Check options of `flexolmo embed` as that command does."""
-    options = {key: value for key, value in embed.items() if key != "discriminant"}
-    given = parse_words(["embed", "docs", "--anchor", "anchor", "--out", "out", *as_words(options)], where)
     from flexolmo_megatron.domain.embed import check_options
 
+    options = {key: value for key, value in embed.items() if key != "discriminant"}
+    given = parse_words(["embed", "docs", "--anchor", "anchor", "--out", "out", *as_words(options)], where)
     check_options(given.documents, given.seed, given.max_tokens, given.batch_size, given.scale)
 
 

@@ -33,13 +33,10 @@ _ALLOWED = {(known.__module__, known.__qualname__): known for known in (
     planner.TensorWriteData, planner.WriteItem, planner.WriteItemType, torch.serialization._get_layout)}
 _ALLOWED |= {("torch", "Size"): torch.Size, ("pathlib", "PosixPath"): Path, ("pathlib._local", "PosixPath"): Path}
 _ALLOWED |= {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-"""All that checkpoints of megatron-core 0.16, Megatron-LM, Megatron-Bridge and NeMo name: records of sizes and places.
-"""
-
-
 # As megatron-core before 0.16 called them; 0.16 itself keeps stand-ins for them, to the same end.
 _ALLOWED |= {("megatron.core.dist_checkpointing.strategies.torch", name): known
              for name, known in (("MCoreSavePlan", planner.SavePlan), ("MCoreMetadata", Metadata))}
+"""All that checkpoints of megatron-core, Megatron-LM, Megatron-Bridge and NeMo name: records of sizes and places."""
 _RECORDS = tuple(known for known in _ALLOWED.values() if isinstance(known, type) and is_dataclass(known))
 
 
@@ -48,8 +45,8 @@ class _Refused(pickle.UnpicklingError):
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's own, 6 times as slow as that in C (32 ms for 160 kB): only here BUILD can be held to records. On a class
-    it would set attributes for the rest of the process, also where the file is refused in the end."""
+    """Python's own, slower than that in C: only here BUILD can be held to records. On a class it would set attributes
+    for the rest of the process, also where the file is refused in the end."""
 
     dispatch = dict(pickle._Unpickler.dispatch)
 

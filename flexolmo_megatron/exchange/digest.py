@@ -28,7 +28,6 @@ Buffer = bytes | bytearray | memoryview
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
-
 def digest_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable[Buffer]]]) -> str:
     """Return the digest of ``(name, dtype, shape, chunks of bytes)``, in ascending order of names: 64 hex digits.
 

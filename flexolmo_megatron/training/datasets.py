@@ -5,6 +5,7 @@ document ends and the loss counts every token, the end-of-document token include
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -89,25 +90,36 @@ def _read_index(prefix: str, what: str) -> _Stored:
         if not path.is_file():
             raise FlexOlmoError(f"{what}: {path} does not exist; expected a data set that flexolmo data wrote, "
                                 "named without its suffix")
+    status = index.stat()
     try:
-        with open(index, "rb") as file:
-            header = file.read(_INDEX_HEADER.size)
-            magic, version, code, sequences, documents = _INDEX_HEADER.unpack(header)
-            size = _INDEX_HEADER.size + 12 * sequences + 8 * documents
-            if magic != _INDEX_MAGIC or version != 1 or code not in _TOKEN_DTYPES or index.stat().st_size != size:
-                raise ValueError
-            lengths = np.fromfile(file, np.int32, sequences)
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        stored = _parse_index(index, status.st_size, status.st_mtime_ns)
     except (struct.error, ValueError) as error:
         raise FlexOlmoError(f"{what}: {index} is not the index of a Megatron data set, or is truncated") from error
-    tokens, dtype = int(lengths.sum(dtype=np.int64)), _TOKEN_DTYPES[code]
+    tokens, dtype = stored.tokens, stored.dtype
     if tokens == 0:
         raise FlexOlmoError(f"{what}: {prefix} holds no tokens")
     if data.stat().st_size != tokens * dtype.itemsize:
         raise FlexOlmoError(f"{what}: {data} has {data.stat().st_size:,} bytes; expected {tokens * dtype.itemsize:,} "
                             f"({tokens:,} tokens of {dtype}) by its index")
-    return _Stored(tokens, dtype, digest)
+    return stored
+
+
+@functools.lru_cache
+def _parse_index(index: Path, size: int, modified_ns: int) -> _Stored:
+    """Read an index of that size and time, which may have gigabytes, once in a process.
+
+    Raises:
+        struct.error, ValueError: it is none.
+    """
+    with open(index, "rb") as file:
+        magic, version, code, sequences, documents = _INDEX_HEADER.unpack(file.read(_INDEX_HEADER.size))
+        if (magic != _INDEX_MAGIC or version != 1 or code not in _TOKEN_DTYPES
+                or size != _INDEX_HEADER.size + 12 * sequences + 8 * documents):
+            raise ValueError
+        lengths = np.fromfile(file, np.int32, sequences)
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return _Stored(int(lengths.sum(dtype=np.int64)), _TOKEN_DTYPES[code], digest)
 
 
 def index_digests(blends: dict[str, str | Sequence[str | float]]) -> dict[str, str]:

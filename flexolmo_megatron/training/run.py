@@ -27,7 +27,7 @@ from flexolmo_megatron.training.optimization import build_optimizer, build_sched
 from flexolmo_megatron.training.planning import Mode, plan
 from flexolmo_megatron.training.resume import check_same_card
 from flexolmo_megatron.training.router_run import row_set_runs, write_tuned_model
-from flexolmo_megatron.training.run_folder import check_folder, claim, inputs_of
+from flexolmo_megatron.training.run_folder import check_folder, claim
 from flexolmo_megatron.training.run_plan import Plan
 from flexolmo_megatron.training.signals import REQUEUE_FILE, StopSignals
 from flexolmo_megatron.training.start import Start, start
@@ -66,8 +66,7 @@ def train(mode: Mode, config: TrainConfig) -> Path:
 
 def _train(mode: Mode, config: TrainConfig, planned: Plan, signals: StopSignals) -> Path:
     run = Path(config.out)
-    inputs = on_first_rank(lambda: inputs_of(config))
-    on_first_rank(lambda: check_folder(run, mode, config, inputs))
+    inputs = on_first_rank(lambda: check_folder(run, mode, config))
     found = checkpoint.find_intact(run, config.checkpoint_hash)
     begun = together(lambda: start(planned, config, resumes=found.path is not None))
     datasets = run_datasets(config, begun.card)

@@ -19,33 +19,14 @@ DATA_FILE = "data.json"
 """What the run is made from: sha256 of each data set's index, by its prefix, and of the domain vector, by its path."""
 
 
-def inputs_of(config: TrainConfig) -> dict[str, str]:
-    """What ``DATA_FILE`` holds; rank 0 alone.
-
-    Raises:
-        FlexOlmoError: a data set is missing or broken.
-    """
-    data = config.data
-    sources = {"data.train": data.train, "data.public": data.public}
-    sources |= {f"data.proxies.{name}": prefixes for name, prefixes in data.proxies.items()}
-    inputs = index_digests({name: prefixes for name, prefixes in sources.items() if prefixes})
-    vector = config.expert.domain_vector
-    if vector is not None and Path(vector).is_file():
-        with open(vector, "rb") as file:
-            inputs[vector] = hashlib.file_digest(file, "sha256").hexdigest()
-    return inputs
-
-
-def check_folder(run: Path, mode: Mode, config: TrainConfig, inputs: dict[str, str]) -> None:
+def check_folder(run: Path, mode: Mode, config: TrainConfig) -> dict[str, str]:
     """Check that the run's folder is free, or holds a run of the same kind and data; rank 0 alone. Changes nothing.
 
-    Args:
-        run: the folder.
-        mode, config: of this launch.
-        inputs: from ``inputs_of``.
+    Returns:
+        What ``DATA_FILE`` will hold, for ``claim``.
 
     Raises:
-        FlexOlmoError: it does not.
+        FlexOlmoError: it does not; a data set is missing or broken.
     """
     mark = run / "mode"
     if run.exists() and not mark.is_file():
@@ -57,9 +38,11 @@ def check_folder(run: Path, mode: Mode, config: TrainConfig, inputs: dict[str, s
         raise FlexOlmoError(
             f"out = {run} holds a run of `train {mark.read_text().strip()}`, not of `train {mode}`; name a new folder"
         )
+    inputs = _inputs(config)
     if all_step_folders(run) and (run / "config.yaml").is_file():
         _check_same_course(load_config(TrainConfig, paths=[str(run / "config.yaml")]), config)
         _check_same_inputs(run, inputs)
+    return inputs
 
 
 def claim(run: Path, mode: Mode, config: TrainConfig, inputs: dict[str, str], found: Found) -> None:
@@ -69,7 +52,8 @@ def claim(run: Path, mode: Mode, config: TrainConfig, inputs: dict[str, str], fo
 
     Args:
         run: the folder.
-        mode, config, inputs: written into it.
+        mode, config: written into it.
+        inputs: from ``check_folder``; written into it.
         found: what the run goes on from; newer checkpoints, which are damaged, are renamed.
 
     Raises:
@@ -114,3 +98,15 @@ def _check_same_inputs(run: Path, inputs: dict[str, str]) -> None:
             raise FlexOlmoError(
                 f"{name} has changed since the run in {run} began, which can only be resumed with what it was then"
             )
+
+
+def _inputs(config: TrainConfig) -> dict[str, str]:
+    data = config.data
+    sources = {"data.train": data.train, "data.public": data.public}
+    sources |= {f"data.proxies.{name}": prefixes for name, prefixes in data.proxies.items()}
+    inputs = index_digests({name: prefixes for name, prefixes in sources.items() if prefixes})
+    vector = config.expert.domain_vector
+    if vector is not None and Path(vector).is_file():
+        with open(vector, "rb") as file:
+            inputs[vector] = hashlib.file_digest(file, "sha256").hexdigest()
+    return inputs

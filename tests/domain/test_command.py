@@ -171,6 +171,9 @@ def test_bad_input_is_refused_before_the_work(docs, olmo2_dir, tmp_path, monkeyp
     refuses(f"{tmp_path / 'anchor'} already exists; name a new directory", docs, "--publish", tmp_path / "anchor")
     refuses("a.npz: the folder", docs, out=tmp_path / "no" / "a.npz")
     refuses("is a folder; expected the name of a file", docs, out=tmp_path)
+    (tmp_path / "v.npz.state").mkdir()
+    refuses("v.npz.state is a folder; expected the name of a file", docs, out=tmp_path / "v.npz")
+    (tmp_path / "v.npz.state").rmdir()
     refuses("--centre compares with the rows of a published anchor: expected one, without --publish", docs, "--centre")
     refuses("--public makes discriminants beside a published anchor, of its own hidden states: expected one", docs,
             "--public", docs)

@@ -27,7 +27,7 @@ def test_a_repeated_step_counts_once_with_its_later_values(tmp_path: Path) -> No
 
 def test_an_unfinished_last_line_is_ignored_and_no_other(tmp_path: Path) -> None:
     assert list(read_metrics(write(tmp_path, '{"step": 1}\n{"step": 2, "lo'))) == [1]
-    for line in ('{"step": 2, "lo', '{"loss": 2}', "[]", '{"step": null}'):
+    for line in ('{"step": 2, "lo', '{"loss": 2}', "[]", '{"step": null}', '{"step": 1e400}'):
         with pytest.raises(FlexOlmoError, match=r"metrics.jsonl:1 is not a JSON object with a 'step'"):
             read_metrics(write(tmp_path, f'{line}\n{{"step": 3}}\n'))
 

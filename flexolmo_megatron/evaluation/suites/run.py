@@ -114,7 +114,7 @@ class _Done:
         self._folder, self._data = out / "tasks", data
         if (out / SETUP).exists():
             check_same_settings(out, "a run", read_json(out / SETUP, "the settings of a suite's run"), setup)
-        elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FlexOlmoError(f"{out} already exists and holds no run of a suite; name a new directory")
         self._folder.mkdir(parents=True, exist_ok=True)
         write_json(out / SETUP, setup)
