@@ -115,6 +115,11 @@ class ExpertConfig:
     """Weight of a loss that keeps the pair's next-token distribution near the anchor's on public documents: each token
     of data.public adds this times KL(p_anchor || p_pair), in nats, to its cross-entropy. Needs data.public, and one
     more forward pass of the anchor over public sequences. The paper has none."""
+    drift_coeff: float = 0.0
+    """Weight of a penalty on moving the mean hidden state of the owner's documents away from where the anchor has it:
+    in each layer the squared distance, in standard deviations of public text. It keeps the expert from raising the
+    routing logits of owners whom it never meets. Needs a domain vector from `flexolmo embed --public`. The paper has
+    none."""
     ffn_hidden_size: int | None = None
     """Inner width of the expert; by default the anchor's. A narrower one starts from the first of the anchor's inner
     units."""
@@ -229,6 +234,7 @@ class TrainConfig:
                     f"expert.{name} = {coefficient}: expected a number of 0 or more, and data.public where it is "
                     f"above 0"
                 )
+        self._validate_drift()
         if not 0 < self.expert.domain_margin < math.inf:
             raise FlexOlmoError(f"expert.domain_margin = {self.expert.domain_margin}: expected a number above 0")
         if not 0 <= self.expert.routing_noise < math.inf:
@@ -243,6 +249,16 @@ class TrainConfig:
                 "expected 1, `flexolmo pack` takes it"
             )
         self._validate_anchor_kl_layout()
+
+    def _validate_drift(self) -> None:
+        coefficient = self.expert.drift_coeff
+        if not 0 <= coefficient < math.inf:
+            raise FlexOlmoError(f"expert.drift_coeff = {coefficient}: expected a number of 0 or more")
+        for name, usual in (("expert.random_row", False), ("expert.coordination", True)):
+            if coefficient and (value := attrgetter(name)(self)) != usual:
+                raise FlexOlmoError(
+                    f"expert.drift_coeff = {coefficient} with {name} = {value}: expected {name} = {usual}, or 0"
+                )
 
     def _validate_anchor_kl_layout(self) -> None:
         coefficient = self.expert.anchor_kl_coeff

@@ -50,6 +50,11 @@ class PublicStates:
             rows_Lh[layer] += biases_L[layer] / lengths_L[layer] * towards_Lh[layer]
         return rows_Lh, biases_L.clip(max=0)
 
+    def deviations(self) -> np.ndarray:
+        """Return the standard deviation of each coordinate `[L, h]`, float64, after the same shrinkage."""
+        variance_Lh = np.diagonal(self.covariance_Lhh, axis1=1, axis2=2)
+        return np.sqrt((1 - SHRINKAGE) * variance_Lh + SHRINKAGE * variance_Lh.mean(axis=1, keepdims=True))
+
 
 def public_states(embedder: AnchorEmbedder, texts: Sequence[str], batch_size: int,
                   resume: Path | None = None) -> PublicStates:

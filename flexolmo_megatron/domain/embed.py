@@ -158,8 +158,9 @@ def domain_vector(
     rows, dropped = mean_embedding(embedder, texts, batch_size, privacy=privacy, resume=resume)
     if rows.shape[1] != hidden_size:
         rows = rows @ orthogonal_projection(rows.shape[1], hidden_size, dense_digest)
-    biases = None
+    biases = moments = None
     if public is not None:
+        moments = np.stack([rows, public.deviations()]).astype(np.float32)
         rows, biases = public.discriminants(rows)
         biases = (biases * norm).astype(np.float32)
     else:
@@ -170,6 +171,7 @@ def domain_vector(
     return DomainVector(
         vectors=(rows * norm).astype(np.float32),
         biases=biases,
+        moments=moments,
         embedder=embedder.name,
         embedder_digest=embedder.digest,
         dense_digest=dense_digest,

@@ -78,15 +78,23 @@ class OwnerRouter(NamedTuple):
     """`[L, h]`, or `[1, h]` for all layers."""
     biases: torch.Tensor
     """`[L]`, or `[1]` for all layers; 0, but for discriminants."""
+    moments: torch.Tensor | None = None
+    """``DomainVector.moments``."""
 
     def of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the row `[h]` and the bias `[]` of a layer, from 0."""
         place = layer if len(self.rows) > 1 else 0
         return self.rows[place], self.biases[place]
 
+    def moments_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a layer's mean state of the owner's documents and the deviation of public ones, both `[h]`."""
+        mean_h, deviation_h = self.moments[:, layer if len(self.rows) > 1 else 0]
+        return mean_h, deviation_h
+
 
 def owner_router(vector: DomainVector, anchor: LazyModel) -> OwnerRouter:
     """Return what a domain vector makes of an owner's router."""
     rows = torch.from_numpy(vector.vectors)
     biases = torch.zeros(len(rows)) if vector.biases is None else torch.from_numpy(vector.biases)
-    return OwnerRouter(public_rows(anchor) + rows if vector.centred else rows, biases)
+    moments = None if vector.moments is None else torch.from_numpy(vector.moments)
+    return OwnerRouter(public_rows(anchor) + rows if vector.centred else rows, biases, moments)

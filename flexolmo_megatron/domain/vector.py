@@ -1,8 +1,8 @@
 """The domain vector: what a router row starts from, and its file.
 
 The file is an ``.npz`` (a ZIP archive, nothing compressed) with two arrays: ``vectors`` float32 ``[L, h]`` or
-``[1, h]``, and ``metadata``, the UTF-8 bytes of a JSON object with the other fields; discriminants have a third one,
-``biases`` float32 ``[L]``. ``numpy.load`` opens it, but is not used here: the file may come from a stranger, so every
+``[1, h]``, and ``metadata``, the UTF-8 bytes of a JSON object with the other fields; discriminants have two more,
+``biases`` float32 ``[L]`` and ``moments`` float32 ``[2, L, h]``, the latter not in files of early versions. ``numpy.load`` opens it, but is not used here: the file may come from a stranger, so every
 size is checked before memory is allocated, and nothing is ever unpickled. It never holds document text.
 
 Legend: L layers, h hidden size.
@@ -25,8 +25,8 @@ from flexolmo_megatron.files import atomic_file
 from flexolmo_megatron.untrusted import check_digest, parse_strict_json, shown
 
 FORMAT_VERSION = 1
-MAX_FILE_BYTES = 64 * 1024 * 1024
-"""More than 128 layers of hidden size 100,000."""
+MAX_FILE_BYTES = 192 * 1024 * 1024
+"""More than three arrays of 128 layers and hidden size 100,000."""
 MAX_LAYERS = 4096
 MAX_HIDDEN = 2**20
 MAX_NAME = 256
@@ -36,8 +36,9 @@ _SHORTEST = 1e-9
 """Of a discriminant's row, and the inverse of the longest: far beyond what is of use, and safe to compute with."""
 _OPTIONS = {"privacy", "centred"}
 """Metadata that the file of a vector without them does not have."""
-_ARRAYS = ("vectors.npy", "metadata.npy", "biases.npy")
-"""Files in the archive; the last one of discriminants alone."""
+_ARRAYS = ("vectors.npy", "metadata.npy", "biases.npy", "moments.npy")
+"""Files in the archive; the last two of discriminants alone."""
+_NUMBERS = ("vectors", "biases", "moments")
 _WHAT = "a domain vector that 'flexolmo embed' wrote"
 
 
@@ -68,6 +69,10 @@ class DomainVector:
     biases: np.ndarray | None = None
     """Of linear discriminants (``discriminant.py``), which are centred: float32 `[L]`, at most 0. Otherwise None."""
 
+    moments: np.ndarray | None = None
+    """Of discriminants: float32 `[2, L, h]`, the mean hidden state of the documents, each counting the same, and the
+    standard deviation of public tokens' states, by coordinate. What ``expert.drift_coeff`` measures by."""
+
     def __post_init__(self) -> None:
         vectors, name = self.vectors, self.embedder
         if vectors.dtype != np.float32 or vectors.ndim != 2:
@@ -88,6 +93,8 @@ class DomainVector:
             raise FlexOlmoError(f"norm = {shown(self.norm)}: expected a number above 0")
         if type(self.centred) is not bool:
             raise FlexOlmoError(f"centred = {shown(self.centred)}: expected true or false")
+        if self.moments is not None:
+            self._check_moments(self.moments)
         if self.biases is not None:
             self._check_discriminants(self.biases)
             return
@@ -105,6 +112,14 @@ class DomainVector:
         if not ((lengths > _SHORTEST) & (lengths < 1 / _SHORTEST) & (biases > -1 / _SHORTEST) & (biases <= 0)).all():
             raise FlexOlmoError(f"a row has no length between {_SHORTEST:g} and {1 / _SHORTEST:g}, or a bias is above "
                                 "0 or no number")
+
+    def _check_moments(self, moments: np.ndarray) -> None:
+        if self.biases is None or moments.dtype != np.float32 or moments.shape != (2, *self.vectors.shape):
+            raise FlexOlmoError(f"moments are {moments.dtype} {list(moments.shape)}: expected float32 "
+                                f"{[2, *self.vectors.shape]}, and of discriminants alone")
+        if not ((np.abs(moments) < 1 / _SHORTEST).all() and (moments[1] > _SHORTEST).all()):
+            raise FlexOlmoError(f"a mean state is not within {1 / _SHORTEST:g} of 0, or a deviation not from "
+                                f"{_SHORTEST:g} to {1 / _SHORTEST:g}")
 
     def row(self, layer: int) -> np.ndarray:
         """Return the float32 row `[h]` that the router of ``layer`` (from 0) starts from."""
@@ -149,12 +164,12 @@ def save_vector(vector: DomainVector, path: str | os.PathLike) -> None:
     Raises:
         FlexOlmoError: it cannot be written.
     """
-    values = {key: value for key, value in asdict(vector).items() if key not in ("vectors", "biases")}
+    values = {key: value for key, value in asdict(vector).items() if key not in _NUMBERS}
     for option in _OPTIONS:
         if not values[option]:
             del values[option]
     metadata = json.dumps({"format_version": FORMAT_VERSION, **values}, ensure_ascii=False).encode()
-    arrays = {name: np.ascontiguousarray(array, "<f4") for name in ("vectors", "biases")
+    arrays = {name: np.ascontiguousarray(array, "<f4") for name in _NUMBERS
               if (array := getattr(vector, name)) is not None}
     with atomic_file(path) as file:
         np.savez(file, **arrays, metadata=np.frombuffer(metadata, np.uint8))
@@ -194,10 +209,10 @@ def _members(data: bytes) -> dict[str, bytes]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
             names = [entry.filename for entry in entries]
-            if sorted(names) not in (sorted(_ARRAYS[:2]), sorted(_ARRAYS)):
-                found = ", ".join(map(shown, names[:4])) or "nothing"
+            if sorted(names) not in (sorted(_ARRAYS[:count]) for count in (2, 3, 4)):
+                found = ", ".join(map(shown, names[:5])) or "nothing"
                 raise FlexOlmoError(f"the archive holds {found}: expected {' and '.join(_ARRAYS[:2])}, and perhaps "
-                                    f"{_ARRAYS[2]}")
+                                    f"{' and '.join(_ARRAYS[2:])}")
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(data) for entry in entries):
                 raise FlexOlmoError("the archive is compressed")
             return {name: archive.read(name) for name in names}  # checks the CRC
@@ -238,7 +253,7 @@ def _parse(data: bytes) -> DomainVector:
     version = values.pop("format_version", None)
     if type(version) is not int or version != FORMAT_VERSION:
         raise FlexOlmoError(f"format_version = {shown(version)}: this program reads version {FORMAT_VERSION}")
-    expected = {field.name for field in fields(DomainVector)} - {"vectors", "biases"} - _OPTIONS
+    expected = {field.name for field in fields(DomainVector)} - {*_NUMBERS} - _OPTIONS
     for key in (values.keys() - _OPTIONS) ^ expected:
         raise FlexOlmoError(f"{'unknown' if key in values else 'missing'} field {shown(key)} in the metadata")
     if "privacy" in values:
@@ -246,6 +261,7 @@ def _parse(data: bytes) -> DomainVector:
         if not isinstance(mechanism, dict) or mechanism.keys() != {"epsilon", "delta", "clip"}:
             raise FlexOlmoError(f"privacy = {shown(mechanism)}: expected epsilon, delta and clip")
         values["privacy"] = GaussianMechanism(**mechanism)
-    if "biases.npy" in members:
-        values["biases"] = _array(members["biases.npy"], "biases", "<f4", 1).astype(np.float32)
+    for name, dimensions in (("biases", 1), ("moments", 3)):
+        if f"{name}.npy" in members:
+            values[name] = _array(members[f"{name}.npy"], name, "<f4", dimensions).astype(np.float32)
     return DomainVector(vectors=_array(members["vectors.npy"], "vectors", "<f4", 2).astype(np.float32), **values)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.model.config import FlexOlmoTransformerConfig
+from flexolmo_megatron.model.mean_drift import MeanDrift
 from flexolmo_megatron.model.router_window import LogitHistory, window_mean_of_part
 
 _UPSTREAM = {"moe_router_pre_softmax": True, "moe_router_score_function": "softmax", "moe_router_num_groups": None,
@@ -157,7 +158,9 @@ class PairRouter(DomainRouter):
 
     own_B: Tensor | None = None
     """Boolean `[b]`, True for the owner's documents, False for public ones; set for each microbatch of a run with a
-    domain loss, else None."""
+    domain loss or a penalty on drift, else None."""
+    drift: MeanDrift | None = None
+    """The penalty on what the layers below do to the owner's documents, weighted by drift_coeff; None for none."""
     noise_B: Tensor | None = None
     """fp32 `[b]`, added to the owner's logits while training; set for each microbatch of a run with routing noise, else
     None."""
@@ -189,7 +192,10 @@ class PairRouter(DomainRouter):
         logits = self.gating(input)
         logits = self.apply_z_loss(logits.flatten(0, 1), padding_mask).view_as(logits)
         if self.own_B is not None and self.training and torch.is_grad_enabled():
-            logits = self._apply_domain_loss(logits, input)
+            if self.config.domain_loss_coeff:
+                logits = self._apply_domain_loss(logits, input)
+            if self.drift is not None:
+                logits = self._apply_drift_penalty(logits, input)
         if self.noise_B is not None and self.training:
             logits = logits + nn.functional.pad(self.noise_B[:, None], (1, 0))
         return logits.softmax(dim=-1)[..., 1:]
@@ -206,3 +212,11 @@ class PairRouter(DomainRouter):
         loss = (owner_SB - public_SB - wanted_B).square().mean()
         save_to_aux_losses_tracker("domain_loss", loss.detach(), self.layer_number, self.config.num_layers)
         return MoEAuxLossAutoScaler.apply(logits, loss * self.config.domain_loss_coeff / self.tp_cp_group.size())
+
+    def _apply_drift_penalty(self, logits: Tensor, input: Tensor) -> Tensor:
+        """Attach ``MeanDrift.penalty``, which reaches the experts of the layers below; reported is |z|^2 itself."""
+        save_to_aux_losses_tracker(
+            "mean_drift", self.drift.drift_h.square().sum(), self.layer_number, self.config.num_layers
+        )
+        penalty = self.drift.penalty(input, self.own_B)
+        return MoEAuxLossAutoScaler.apply(logits, penalty * self.config.drift_coeff / self.tp_cp_group.size())

@@ -17,6 +17,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -32,6 +33,7 @@ from flexolmo_megatron.config.card import CARD_FILE, ModelCard
 from flexolmo_megatron.convert.model import CHECKPOINTS
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import sweep_folder, temporary_path
+from flexolmo_megatron.model.mean_drift import MeanDrift, drifts
 from flexolmo_megatron.runtime.ranks import on_first_rank, together
 from flexolmo_megatron.training.checkpoint_writer import CheckpointWriter
 from flexolmo_megatron.training.integrity import damage
@@ -118,6 +120,8 @@ def _sharded_state(state: TrainingState, is_loading: bool) -> dict[str, Any]:
             part.sharded_param_state_fully_reshardable = partial(sharded_param_state, part)
     optimizer = state.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
     step = take_out_groups(optimizer)
+    if found := drifts(state.chunks):
+        models["mean_drift"] = {str(layer): _sharded_drift(layer, drift) for layer, drift in found.items()}
     return {
         **models,
         "optimizer_step": step,
@@ -126,6 +130,13 @@ def _sharded_state(state: TrainingState, is_loading: bool) -> dict[str, Any]:
         "scheduler": state.scheduler.state_dict(),
         "progress": {name: getattr(state, name) for name in PROGRESS},
     }
+
+
+def _sharded_drift(layer: int, drift: MeanDrift) -> ShardedTensor:
+    """Where a checkpoint has the drift of a layer, which all ranks of its stage share."""
+    replica = 0, parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_data_parallel_rank(
+        with_context_parallel=True)
+    return ShardedTensor.from_rank_offsets(f"mean_drift.{layer}", drift.drift_h, replica_id=replica)
 
 
 def begin_save(run: Path, state: TrainingState, card: ModelCard, *, background: bool, hashed: bool) -> CheckpointWriter:
@@ -287,6 +298,8 @@ def load(path: Path, state: TrainingState) -> None:
         loaded.setdefault("optimizer", {})  # where this rank has nothing of it
         put_back_groups(loaded["optimizer"], state.optimizer, loaded["optimizer_step"])
         state.optimizer.load_state_dict(loaded["optimizer"])
+    for layer, drift in drifts(state.chunks).items():
+        drift.drift_h = loaded["mean_drift"][str(layer)]
     state.scheduler.load_state_dict(loaded["scheduler"])
     for name, value in loaded["progress"].items():
         setattr(state, name, value)

@@ -15,6 +15,7 @@ from torch import Tensor
 from flexolmo_megatron.config.card import ModelCard
 from flexolmo_megatron.config.train import TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError, StopRequested
+from flexolmo_megatron.model.mean_drift import end_step
 from flexolmo_megatron.runtime.ranks import on_first_rank, together
 from flexolmo_megatron.training import checkpoint
 from flexolmo_megatron.training.agreement import agree, agree_on_signal
@@ -147,6 +148,7 @@ class Loop:
             apply_gradients(state.optimizer, norm)
             state.tokens += tokens
             state.skipped_in_a_row = 0
+        end_step(state.chunks, counts=agreed.problem is None)
         # The schedule and the data go on over a skipped step, so that both end with the run.
         state.scheduler.step(1)
         state.step += 1

@@ -52,8 +52,9 @@ def routing_noise(tokens: Tensor, layers: int, seed: int) -> Tensor:
 def _set_routers(config: TrainConfig, own_prefixes: int, batch: dict[str, Tensor], model: torch.nn.Module) -> None:
     """Tell the routers of a pair what they need to know of a microbatch beside its tokens."""
     own, noise = None, None
-    if model.training and config.expert.domain_loss_coeff:
-        own = batch["dataset_id"] < own_prefixes
+    if model.training and (config.expert.domain_loss_coeff or config.expert.drift_coeff):
+        whole = torch.zeros(len(batch["tokens"]), dtype=torch.long, device=local_device())
+        own = batch.get("dataset_id", whole) < own_prefixes  # a single data set is no blend, and has no numbers
     if model.training and config.expert.routing_noise:
         noise = routing_noise(batch["tokens"], get_model_config(model).num_layers, config.seed).to(local_device())
     for router in model.modules():
@@ -67,7 +68,7 @@ def _forward_step(
 ) -> tuple[Tensor, Any]:
     """One microbatch. Samples of the first own_prefixes data sets are the owner's."""
     batch = {name: value.to(local_device()) for name, value in next(iterator).items() if value is not None}
-    if config.expert.domain_loss_coeff or config.expert.routing_noise:
+    if config.expert.domain_loss_coeff or config.expert.routing_noise or config.expert.drift_coeff:
         _set_routers(config, own_prefixes, batch, model)
     own = get_batch_on_this_cp_rank({name: batch[name] for name in ("tokens", "position_ids", "labels", "loss_mask")})
     coefficient = config.expert.anchor_kl_coeff if model.training else 0

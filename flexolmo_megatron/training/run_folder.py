@@ -80,7 +80,8 @@ def _check_same_course(before: TrainConfig, now: TrainConfig) -> None:
     numbers of another type would be another run's: bf16 begins from rounded weights and has master weights."""
     samples = ("train_iters", "global_batch_size", "seed")
     data = [f"data.{name}" for name in ("train", "public", "public_share", "proxies", "seq_length")]
-    for name in (*samples, *data, "bf16"):
+    # The penalty on drift goes on from the last step's drift, which a run without it does not save.
+    for name in (*samples, *data, "bf16", "expert.drift_coeff"):
         old, new = attrgetter(name)(before), attrgetter(name)(now)
         if old != new:
             raise FlexOlmoError(

@@ -21,6 +21,7 @@ from flexolmo_megatron.exchange.digest import BackgroundDigest, model_digest
 from flexolmo_megatron.model.builder import build_model
 from flexolmo_megatron.model.config import transformer_config
 from flexolmo_megatron.model.engine import engine_settings, prepare_engine
+from flexolmo_megatron.model.mean_drift import MeanDrift
 from flexolmo_megatron.model.weights import init_expert_from_anchor, load_anchor, load_weights
 from flexolmo_megatron.runtime.ranks import on_first_rank, together
 from flexolmo_megatron.runtime.setup import local_device
@@ -63,6 +64,7 @@ def start(planned: Plan, config: TrainConfig, resumes: bool) -> Start:
             anchor_ffn_hidden_size=planned.anchor_ffn_hidden_size,
             domain_loss_coeff=config.expert.domain_loss_coeff,
             domain_margin=config.expert.domain_margin,
+            drift_coeff=config.expert.drift_coeff,
         )
     )
     fill_pair(chunks, planned.anchor, router)
@@ -106,6 +108,8 @@ def fill_pair(chunks: list[GPTModel], anchor: LazyModel, router: OwnerRouter) ->
             layer.mlp.router.row.copy_(row)
             if layer.mlp.router.bias is not None:
                 layer.mlp.router.bias.copy_(bias)
+            if chunk.config.drift_coeff:
+                layer.mlp.router.drift = MeanDrift(*router.moments_of(layer.layer_number - 1))
         freeze_anchor(chunk)
 
 
@@ -174,6 +178,11 @@ def _first_router(config: TrainConfig, anchor: LazyModel) -> tuple[str, OwnerRou
         raise FlexOlmoError(
             f"{config.expert.domain_vector} holds discriminants, which say nothing without their biases: expected "
             "expert.bias = true, or a vector from `flexolmo embed` without --public"
+        )
+    if vector.moments is None and config.expert.drift_coeff:
+        raise FlexOlmoError(
+            f"expert.drift_coeff = {config.expert.drift_coeff}: {config.expert.domain_vector} does not hold the mean "
+            "hidden state of its documents; expected a file from `flexolmo embed --public`, or 0"
         )
     digest, dense_digest = _digests(anchor, dense=True)
     vector.check_made_with(dense_digest, config.expert.domain_vector, config.anchor)

@@ -65,6 +65,7 @@ def same(a, b):
 
 DISCRIMINANT = replace(VECTOR, vectors=unit(2) * np.float32([[7], [0.5]]), norm=1.5, centred=True,
                        biases=np.array([-3, 0], np.float32))
+MOMENTS = np.float32([[[-1, 0, 3, 4], [0, 0, 7, 1e5]], [[1, 1, 2, 1e-5], [1, 2, 3, 4]]])
 
 
 @pytest.mark.parametrize("vector", [
@@ -72,6 +73,7 @@ DISCRIMINANT = replace(VECTOR, vectors=unit(2) * np.float32([[7], [0.5]]), norm=
     replace(VECTOR, vectors=unit(1), embedder="GritLM/GritLM-7B"),
     replace(VECTOR, vectors=unit(2) * np.float32(0.25), norm=0.25, centred=True),
     DISCRIMINANT,
+    replace(DISCRIMINANT, moments=MOMENTS),
 ])
 def test_round_trip(tmp_path, vector):
     path = tmp_path / "v.npz"
@@ -79,7 +81,8 @@ def test_round_trip(tmp_path, vector):
     loaded = load_vector(path)
     assert np.array_equal(loaded.vectors, vector.vectors) and loaded.vectors.flags.writeable
     assert (loaded.biases is None) == (vector.biases is None) and np.array_equal(loaded.biases, vector.biases)
-    for field in set(vars(vector)) - {"vectors", "biases"}:
+    assert (loaded.moments is None) == (vector.moments is None) and np.array_equal(loaded.moments, vector.moments)
+    for field in set(vars(vector)) - {"vectors", "biases", "moments"}:
         assert getattr(loaded, field) == getattr(vector, field)
     with np.load(path, allow_pickle=False) as plain:  # numpy's own reader agrees
         assert np.array_equal(plain["vectors"], vector.vectors)
@@ -133,6 +136,11 @@ def test_invalid_values(change, message):
     ({"vectors": np.zeros((2, 4), np.float32)}, "^a row has no length"),
     ({"vectors": np.full((2, 4), 1e-30, np.float32)}, "^a row has no length"),
     ({"vectors": np.full((2, 4), np.nan, np.float32)}, "^a row has no length"),
+    ({"moments": MOMENTS.astype(np.float64)}, r"^moments are float64 \[2, 2, 4\]: expected float32 \[2, 2, 4\]"),
+    ({"moments": MOMENTS[0]}, r"^moments are float32 \[2, 4\]: expected float32 \[2, 2, 4\]"),
+    ({"moments": MOMENTS, "biases": None, "vectors": unit(2), "norm": 1.0}, "expected .* of discriminants alone$"),
+    ({"moments": MOMENTS * np.float32([1, 0])[:, None, None]}, "^a mean state is not within .*, or a deviation not"),
+    ({"moments": MOMENTS * np.float32([np.nan, 1])[:, None, None]}, "^a mean state is not within"),
 ])
 def test_invalid_discriminants(change, message):
     with pytest.raises(FlexOlmoError, match=message):

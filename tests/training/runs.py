@@ -37,7 +37,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def make_world(folder: Path) -> Path:
-    """Make documents and data of ``public`` and ``own``, a trained and published anchor, and the owner's vector."""
+    """Make documents and data of ``public`` and ``own``, a trained and published anchor, and the owner's vectors."""
     texts = {
         "public": ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "the", "moon"],
         "own": ["def", "return", "for", "if", "x", "y", "=", "+", "1", "2"],
@@ -62,6 +62,8 @@ def make_world(folder: Path) -> Path:
         == 0
     )
     assert main([*embed, f"{folder}/anchor", f"{folder}/own.jsonl", "--out", f"{folder}/own.npz"]) == 0
+    public = ["--public", f"{folder}/public.jsonl", "--out", f"{folder}/discriminant.npz"]
+    assert main([*embed, f"{folder}/anchor", f"{folder}/own.jsonl", *public]) == 0
     return folder
 
 

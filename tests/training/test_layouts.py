@@ -9,14 +9,18 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from flexolmo_megatron.cli import main
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.convert import megatron
+from flexolmo_megatron.convert.lazy import LazyModel
 from flexolmo_megatron.convert.megatron_writer import save_megatron
 from flexolmo_megatron.convert.model import open_model
+from flexolmo_megatron.domain.publish import dense_digest
+from flexolmo_megatron.domain.vector import DomainVector, save_vector
 from flexolmo_megatron.exchange.digest import model_digest
 from tests.distributed import run_distributed
 from tests.random_models import lazy_model, random_model
@@ -97,8 +101,8 @@ RUNS = [(kind, name) for kind in ALONE for name in [*ALONE[kind], *CHAINS[kind]]
 
 
 def _command(kind: str, world: Path, name: str, *options: str, steps: int = STEPS) -> list[str]:
-    start = (["expert", f"anchor={world}/anchor", "expert.name=own", "expert.random_row=true",
-              "expert.routing_noise=0.5", "expert.router_window=5"] if kind == "pair"
+    start = (["expert", f"anchor={world}/anchor", "expert.name=own", f"expert.domain_vector={world}/own.npz",
+              "expert.drift_coeff=0.05", "expert.routing_noise=0.5", "expert.router_window=5"] if kind == "pair"
              else ["moe", *MOE_SIZES, "model.num_experts=4", "model.top_k=2", "model.router_bias=true",
                    "model.router_window=5", "model.init_method_std=0.1"])
     return ["train", *start, *OPTIONS, f"train_iters={steps}", f"data.train=[{world}/own]",
@@ -187,13 +191,25 @@ def run_all(world: Path) -> dict[str, Any]:
     return results
 
 
+def _write_discriminant(anchor: LazyModel, path: Path) -> None:
+    """Any one: rows about as long as the anchor's, and a mean that the anchor's states are away from."""
+    random = np.random.default_rng(5)
+    shape = SIZES.num_layers, SIZES.hidden_size
+    rows, mean, deviation = (array.astype(np.float32) for array in (
+        random.normal(size=shape) / SIZES.hidden_size**0.5, random.normal(size=shape), random.uniform(1, 2, shape)))
+    save_vector(DomainVector(rows, "anchor", "0" * 64, dense_digest(anchor), 1, 0, 0, 1.0, centred=True,
+                             biases=np.zeros(len(rows), np.float32), moments=np.stack([mean, deviation])), path)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """Data, an anchor, and the runs of one process."""
     folder = tmp_path_factory.mktemp("layouts")
     write_documents(folder / "own.jsonl", ["def", "return", "for", "if", "x", "y", "=", "+", "1", "2"])
     assert main(["data", f"{folder}/own.jsonl", "--out", f"{folder}/own", "--workers", "1"]) == 0
-    save_megatron(random_model("moe", 1, 1, seed=2, sizes=SIZES), folder / "anchor")
+    anchor = random_model("moe", 1, 1, seed=2, sizes=SIZES)
+    save_megatron(anchor, folder / "anchor")
+    _write_discriminant(anchor, folder / "own.npz")
     for kind in ALONE:
         assert main(_command(kind, folder, "whole")) == 0
     return folder
@@ -223,6 +239,9 @@ def test_a_layout_trains_as_one_process_does(world, ranks, run):
         # Norms and the z-loss are sums of squares of what differs in the last place.
         assert _apart(before["grad_norm"], after["grad_norm"]) < 1e-3
         assert _apart(before["z_loss"], after["z_loss"]) < 1e-3
+        if kind == "pair":
+            assert before["step"] == 1 or before["mean_drift"] > 1
+            assert abs(before["mean_drift"] - after["mean_drift"]) <= 1e-4 * before["mean_drift"]
     assert _apart(one[-1]["valid_loss"], many[-1]["valid_loss"]) < 1e-4
     expected, trained = open_model(world / kind / "whole"), open_model(world / kind / name)
     assert expected.tensors.keys() == trained.tensors.keys()

@@ -10,7 +10,7 @@ from flexolmo_megatron.cli import main
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.exchange.digest import model_digest
 
-COMPARED = ("step", "loss", "grad_norm", "lr", "z_loss", "valid_loss")
+COMPARED = ("step", "loss", "grad_norm", "lr", "z_loss", "mean_drift", "valid_loss")
 
 
 def essence(rows):
@@ -24,11 +24,12 @@ def essence(rows):
         ["optimizer.use_distributed_optimizer=true"],
         ["bf16=true"],
         ["optimizer.lr_decay_style=WSD", "optimizer.lr_wsd_decay_iters=3"],
+        ["expert.domain_vector={world}/discriminant.npz", "expert.drift_coeff=0.1"],
     ],
-    ids=["fp32, two learning rates", "distributed optimizer", "bf16", "WSD"],
+    ids=["fp32, two learning rates", "distributed optimizer", "bf16", "WSD", "penalty on drift"],
 )
-def test_resumed_equals_unbroken(expert_options, metrics, tmp_path, options):
-    options = [*options, "eval_interval=3", "optimizer.lr_warmup_iters=2"]
+def test_resumed_equals_unbroken(world, expert_options, metrics, tmp_path, options):
+    options = [*(option.format(world=world) for option in options), "eval_interval=3", "optimizer.lr_warmup_iters=2"]
     assert main(expert_options(tmp_path / "unbroken", *options)) == 0
     assert main(expert_options(tmp_path / "broken", *options, "stop_after=1")) == 0
     assert main(expert_options(tmp_path / "broken", *options, "stop_after=3")) == 0

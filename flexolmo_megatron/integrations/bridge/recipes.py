@@ -40,7 +40,7 @@ from flexolmo_megatron.training.run_plan import Plan
 from flexolmo_megatron.training.start import fill, run_settings
 
 _WITHOUT = ("optimizer.router_lr", "expert.domain_loss_coeff", "expert.routing_noise", "expert.anchor_kl_coeff",
-            "fp8.recipe", "stop_after", "leave_one_out")
+            "expert.drift_coeff", "fp8.recipe", "stop_after", "leave_one_out")
 """Options that must be what they are by default."""
 
 
