@@ -162,6 +162,9 @@ def owner_options(config: CompareConfig, variant: str | None) -> tuple[dict[str,
     Args:
         config: all.
         variant: name of the ablation; None for FlexOlmo.
+
+    Raises:
+        FlexOlmoError: a penalty on drift is asked for, and nothing to measure it by.
     """
     changes = _asked(config, variant)
     setting = changes.pop("setting", None)
@@ -170,6 +173,11 @@ def owner_options(config: CompareConfig, variant: str | None) -> tuple[dict[str,
     if options.get("embed.discriminant") and not _can_discriminate(changes):
         options |= TRAINED_ROWS
     options |= (flatten(config.owner) if setting is None else {}) | changes
+    if not options.get("embed.discriminant") and options.get("expert.drift_coeff"):
+        if variant is None or "expert.drift_coeff" in changes:
+            raise FlexOlmoError(f"expert.drift_coeff = {options['expert.drift_coeff']}: expected 0 where the owners' "
+                                "rows are no discriminants, which it is measured by (`flexolmo embed --public`)")
+        options["expert.drift_coeff"] = 0.0
     return {key: value for key, value in options.items() if not key.startswith("embed.")}, _of_embed(options)
 
 

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from flexolmo_megatron.domain.vector import DomainVector, load_vector
+from flexolmo_megatron.domain.vector import ARRAYS, DomainVector, load_vector
 from flexolmo_megatron.errors import FlexOlmoError
 
 
@@ -75,7 +75,7 @@ def describe_vectors(paths: Sequence[str]) -> dict[str, Any]:
         for by_layer in [cosines(vectors[a], vectors[b])]]
     files = []
     for path, vector in zip(paths, vectors, strict=True):
-        values = {key: value for key, value in asdict(vector).items() if key not in ("vectors", "biases")}
+        values = {key: value for key, value in asdict(vector).items() if key not in ARRAYS}
         if vector.privacy is not None:
             values["privacy"]["sigma"] = vector.privacy.sigma(vector.documents, len(vector.vectors))
         files.append({"path": path, "rows": vector.vectors.shape[0], "width": vector.vectors.shape[1],

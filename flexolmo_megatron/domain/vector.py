@@ -2,8 +2,9 @@
 
 The file is an ``.npz`` (a ZIP archive, nothing compressed) with two arrays: ``vectors`` float32 ``[L, h]`` or
 ``[1, h]``, and ``metadata``, the UTF-8 bytes of a JSON object with the other fields; discriminants have two more,
-``biases`` float32 ``[L]`` and ``moments`` float32 ``[2, L, h]``, the latter not in files of early versions. ``numpy.load`` opens it, but is not used here: the file may come from a stranger, so every
-size is checked before memory is allocated, and nothing is ever unpickled. It never holds document text.
+``biases`` float32 ``[L]`` and ``moments`` float32 ``[2, L, h]``, the latter not in files of early versions.
+``numpy.load`` opens it, but is not used here: the file may come from a stranger, so every size is checked before memory
+is allocated, and nothing is ever unpickled. It never holds document text.
 
 Legend: L layers, h hidden size.
 """
@@ -36,9 +37,8 @@ _SHORTEST = 1e-9
 """Of a discriminant's row, and the inverse of the longest: far beyond what is of use, and safe to compute with."""
 _OPTIONS = {"privacy", "centred"}
 """Metadata that the file of a vector without them does not have."""
-_ARRAYS = ("vectors.npy", "metadata.npy", "biases.npy", "moments.npy")
-"""Files in the archive; the last two of discriminants alone."""
-_NUMBERS = ("vectors", "biases", "moments")
+ARRAYS = ("vectors", "biases", "moments")
+"""Fields of a vector that are arrays, the last two of discriminants alone; the others are its metadata."""
 _WHAT = "a domain vector that 'flexolmo embed' wrote"
 
 
@@ -164,12 +164,12 @@ def save_vector(vector: DomainVector, path: str | os.PathLike) -> None:
     Raises:
         FlexOlmoError: it cannot be written.
     """
-    values = {key: value for key, value in asdict(vector).items() if key not in _NUMBERS}
+    values = {key: value for key, value in asdict(vector).items() if key not in ARRAYS}
     for option in _OPTIONS:
         if not values[option]:
             del values[option]
     metadata = json.dumps({"format_version": FORMAT_VERSION, **values}, ensure_ascii=False).encode()
-    arrays = {name: np.ascontiguousarray(array, "<f4") for name in _NUMBERS
+    arrays = {name: np.ascontiguousarray(array, "<f4") for name in ARRAYS
               if (array := getattr(vector, name)) is not None}
     with atomic_file(path) as file:
         np.savez(file, **arrays, metadata=np.frombuffer(metadata, np.uint8))
@@ -208,11 +208,11 @@ def _members(data: bytes) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
-            names = [entry.filename for entry in entries]
-            if sorted(names) not in (sorted(_ARRAYS[:count]) for count in (2, 3, 4)):
+            names, files = [entry.filename for entry in entries], [f"{name}.npy" for name in ARRAYS]
+            if sorted(names) not in (sorted([*files[:count], "metadata.npy"]) for count in (1, 2, 3)):
                 found = ", ".join(map(shown, names[:5])) or "nothing"
-                raise FlexOlmoError(f"the archive holds {found}: expected {' and '.join(_ARRAYS[:2])}, and perhaps "
-                                    f"{' and '.join(_ARRAYS[2:])}")
+                raise FlexOlmoError(f"the archive holds {found}: expected {files[0]} and metadata.npy, and perhaps "
+                                    f"{' and '.join(files[1:])}")
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(data) for entry in entries):
                 raise FlexOlmoError("the archive is compressed")
             return {name: archive.read(name) for name in names}  # checks the CRC
@@ -253,7 +253,7 @@ def _parse(data: bytes) -> DomainVector:
     version = values.pop("format_version", None)
     if type(version) is not int or version != FORMAT_VERSION:
         raise FlexOlmoError(f"format_version = {shown(version)}: this program reads version {FORMAT_VERSION}")
-    expected = {field.name for field in fields(DomainVector)} - {*_NUMBERS} - _OPTIONS
+    expected = {field.name for field in fields(DomainVector)} - {*ARRAYS} - _OPTIONS
     for key in (values.keys() - _OPTIONS) ^ expected:
         raise FlexOlmoError(f"{'unknown' if key in values else 'missing'} field {shown(key)} in the metadata")
     if "privacy" in values:

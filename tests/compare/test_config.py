@@ -79,14 +79,28 @@ def test_an_ablation_changes_only_what_it_says(config_file: str) -> None:
                                         "variants.share={data.public_share: 0.25}"])
     usual, embed = owner_options(config, None)
     assert owner_options(config, "no window") == (usual | {"expert.router_window": 1}, embed)
+    assert owner_options(config, "no drift penalty") == (usual | {"expert.drift_coeff": 0.0}, embed)
     trained = owner_options(config, "trained rows")
-    assert trained == (usual | {"expert.domain_loss_coeff": 0.025, "optimizer.router_lr": 1e-3},
+    assert trained == (usual | {"expert.domain_loss_coeff": 0.025, "expert.drift_coeff": 0.0,
+                                "optimizer.router_lr": 1e-3},
                        {"documents": 10, "max_tokens": 32})
     assert owner_options(config, "no bias") == (trained[0] | {"expert.bias": False}, trained[1])
     assert owner_options(config, "share") == (usual | {"data.public_share": 0.25}, embed)
     assert owner_options(config, "wide") == (usual, embed | {"scale": 3})
     paper = owner_options(config, "paper")[0]
     assert paper["optimizer.lr"] == 9e-4  # not the section owner's
+
+
+def test_a_penalty_on_drift_goes_with_discriminants_alone(config_file: str) -> None:
+    config = load_compare(config_file, ["owner.expert.drift_coeff=0.5"])
+    assert owner_options(config, None)[0]["expert.drift_coeff"] == 0.5
+    assert owner_options(config, "no embedding init")[0]["expert.drift_coeff"] == 0
+    message = "expert.drift_coeff = 0.5: expected 0 where the owners' rows are no discriminants"
+    for words in (["setting=paper"], ["embed.embedder=some/model"]):
+        with pytest.raises(FlexOlmoError, match=message):
+            load_compare(config_file, ["owner.expert.drift_coeff=0.5", *words])
+    with pytest.raises(FlexOlmoError, match=message):
+        load_compare(config_file, ["variants.a={embed.centre: true, expert.drift_coeff: 0.5}"])
 
 
 def test_router_tuning_has_a_small_learning_rate_a_short_warm_up_and_no_z_loss(config_file: str) -> None:

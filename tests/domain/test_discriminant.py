@@ -9,6 +9,7 @@ from scipy.stats import multivariate_normal
 from sklearn.covariance import shrunk_covariance
 
 from flexolmo_megatron.domain.discriminant import SHRINKAGE, PublicStates, public_states
+from flexolmo_megatron.domain.embed import domain_vector
 from flexolmo_megatron.errors import FlexOlmoError
 
 TEXTS = ["a short one", "a longer text, which is cut into pieces: " + "words " * 30, "", "the third"]
@@ -56,6 +57,17 @@ def test_public_states_count_each_document_the_same(embedder):
     covariance_Lhh = torch.stack(seconds).mean(0) - torch.einsum("lh,lk->lhk", mean_Lh, mean_Lh)
     np.testing.assert_allclose(states.mean_Lh, mean_Lh, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(states.covariance_Lhh, covariance_Lhh, rtol=1e-4, atol=1e-5)
+
+
+def test_a_discriminant_holds_what_drift_is_measured_by(embedder):
+    """rtol 1e-5: fp32 in the file."""
+    public, own = public_states(embedder, TEXTS, 2), [TEXTS[0], TEXTS[3]]
+    vector = domain_vector(embedder, own, hidden_size=public.mean_Lh.shape[1], dense_digest="0" * 64, seed=0,
+                           public=public)
+    np.testing.assert_allclose(vector.moments[0], embedder.embed(own).mean(0), rtol=1e-5)
+    for layer, covariance_hh in enumerate(public.covariance_Lhh):
+        variance_h = np.diag(shrunk_covariance(covariance_hh, shrinkage=SHRINKAGE))
+        np.testing.assert_allclose(vector.moments[1, layer], variance_h**0.5, rtol=1e-5)
 
 
 def test_a_stopped_pass_goes_on(embedder, tmp_path, monkeypatch):
