@@ -56,7 +56,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
                              "hidden states against theirs, log-likelihood ratios that hold beside rows of owners who "
                              "never met; the router row starts at the anchor's plus that, the bias at the "
                              "discriminant's (data owner, published anchor, --embedder anchor; --scale is then a "
-                             "factor)")
+                             "factor). FILE then also holds the mean hidden state of DOCS, for expert.drift_coeff: it "
+                             "is for the owner's run, no package has it")
     add_text_key_option(parser)
     parser.add_argument("--max-bad", type=int, default=100, metavar="N",
                         help="how many empty or broken documents are skipped before the run stops "

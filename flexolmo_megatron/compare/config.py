@@ -173,10 +173,12 @@ def owner_options(config: CompareConfig, variant: str | None) -> tuple[dict[str,
     if options.get("embed.discriminant") and not _can_discriminate(changes):
         options |= TRAINED_ROWS
     options |= (flatten(config.owner) if setting is None else {}) | changes
-    if not options.get("embed.discriminant") and options.get("expert.drift_coeff"):
-        if variant is None or "expert.drift_coeff" in changes:
-            raise FlexOlmoError(f"expert.drift_coeff = {options['expert.drift_coeff']}: expected 0 where the owners' "
-                                "rows are no discriminants, which it is measured by (`flexolmo embed --public`)")
+    has_discriminants = options.get("embed.discriminant") and not options.get("expert.random_row")
+    if options.get("expert.drift_coeff") and not (has_discriminants and options.get("expert.coordination", True)):
+        if "expert.drift_coeff" in (flatten(config.owner) if variant is None else changes):
+            raise FlexOlmoError(f"expert.drift_coeff = {options['expert.drift_coeff']}: expected 0 for experts without "
+                                "discriminants, which it is measured by (`flexolmo embed --public`), or without "
+                                "coordination")
         options["expert.drift_coeff"] = 0.0
     return {key: value for key, value in options.items() if not key.startswith("embed.")}, _of_embed(options)
 

@@ -152,9 +152,12 @@ def domain_vector(
         resume: see ``mean_embedding``.
 
     Raises:
-        FlexOlmoError: there are no texts, no embedding is finite, or they average to nothing.
+        FlexOlmoError: there are no texts, no embedding is finite, or they average to nothing; or both privacy and
+            public are given.
     """
     check_scale(norm)
+    if privacy is not None and public is not None:
+        raise FlexOlmoError("a private mean is no mean of hidden states: expected no noise with public documents")
     rows, dropped = mean_embedding(embedder, texts, batch_size, privacy=privacy, resume=resume)
     if rows.shape[1] != hidden_size:
         rows = rows @ orthogonal_projection(rows.shape[1], hidden_size, dense_digest)

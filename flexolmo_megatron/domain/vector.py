@@ -70,8 +70,9 @@ class DomainVector:
     """Of linear discriminants (``discriminant.py``), which are centred: float32 `[L]`, at most 0. Otherwise None."""
 
     moments: np.ndarray | None = None
-    """Of discriminants: float32 `[2, L, h]`, the mean hidden state of the documents, each counting the same, and the
-    standard deviation of public tokens' states, by coordinate. What ``expert.drift_coeff`` measures by."""
+    """Of discriminants: float32 `[2, L, h]`, the mean hidden state of the documents, each counting the same up to the
+    longest that is read, and the standard deviation of public tokens' states, by coordinate. What
+    ``expert.drift_coeff`` measures by: no package holds it."""
 
     def __post_init__(self) -> None:
         vectors, name = self.vectors, self.embedder
@@ -236,7 +237,7 @@ def _array(data: bytes, name: str, dtype: str, dimensions: int) -> np.ndarray:
         raise FlexOlmoError(f"{name} has no sound .npy header ({shown(str(error) or type(error).__name__)})") from None
     if found != np.dtype(dtype):
         raise FlexOlmoError(f"{name} is of type {shown(str(found))}: expected {np.dtype(dtype).name}")
-    if fortran_order or len(shape) != dimensions or not all(type(size) is int and size >= 0 for size in shape):
+    if fortran_order or len(shape) != dimensions or not all(type(size) is int and size > 0 for size in shape):
         raise FlexOlmoError(f"{name} has the shape {shown(shape)}: expected {dimensions} dimensions, row-major")
     content = memoryview(data)[stream.tell():]
     if math.prod(shape) * found.itemsize != len(content):

@@ -7,7 +7,8 @@ from pathlib import Path
 from flexolmo_megatron.config.card import check_published
 from flexolmo_megatron.config.layout import ModelKind, check_layout, data_parallel_size
 from flexolmo_megatron.config.model import ModelConfig
-from flexolmo_megatron.config.train import TrainConfig
+from flexolmo_megatron.config.train import ExpertConfig, TrainConfig
+from flexolmo_megatron.domain.vector import load_vector
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.launch.config import LaunchConfig, expert_names, published_anchor
 from flexolmo_megatron.launch.load import job_slurm, training_config
@@ -22,18 +23,33 @@ def check_arguments(config: LaunchConfig, stages: dict[str, list[str]]) -> None:
         stages: as for ``check_layouts``.
 
     Raises:
-        FlexOlmoError: a command has no such option, or a value is of another type.
+        FlexOlmoError: a command has no such option, or a value is of another type; or a training run needs one that
+            is missing.
     """
     embed = ["embed", "docs", "--anchor", "a", "--out", "o", *config.embed_arguments]
     if {"anchor", "experts"} & set(stages):
         parse_words(embed, "embed_arguments")
     if config.experts and "experts" in stages:
-        parse_words([*embed, *config.experts.embed_arguments], "experts.embed_arguments")
+        words = parse_words([*embed, *config.experts.embed_arguments], "experts.embed_arguments")
+        for name in stages["experts"]:
+            _check_drift(training_config(config, "experts", name).expert, bool(words.public), f"experts.each.{name}")
     if config.merge and {"merge", "router"} & set(stages):
         parse_words(["merge", "p", "--anchor", "a", "--out", "o", *config.merge.merge_arguments],
                     "merge.merge_arguments")
         parse_words(["eval", "--model", "m=p", "--domain", "d=p", "--out", "o", *config.merge.eval_arguments],
                     "merge.eval_arguments")
+
+
+def _check_drift(expert: ExpertConfig, compared: bool, where: str) -> None:
+    """Check that a penalty on drift will have what it is measured by; ``compared`` is for vectors that are yet made."""
+    if not expert.drift_coeff:
+        return
+    vector = Path(expert.domain_vector)
+    if vector.is_file():
+        compared = load_vector(vector).moments is not None
+    if not compared:
+        raise FlexOlmoError(f"{where}: expert.drift_coeff = {expert.drift_coeff} with {vector}: expected a file from "
+                            "`flexolmo embed --public` (experts.embed_arguments), or 0")
 
 
 def check_layouts(config: LaunchConfig, stages: dict[str, list[str]]) -> None:

@@ -24,8 +24,6 @@ class FlexOlmoTransformerConfig(TransformerConfig):
     """Pair only: weight of the loss that teaches the router to tell the owner's documents from public ones."""
     domain_margin: float = 4.0
     """Pair only: difference of the two logits that this loss asks for."""
-    drift_coeff: float = 0.0
-    """Pair only: weight of the penalty on moving the mean hidden state of the owner's documents."""
     anchor_ffn_hidden_size: int | None = None
     """Pair only: inner width of the anchor's FFN; ffn_hidden_size is the owner's."""
 

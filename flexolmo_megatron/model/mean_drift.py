@@ -11,33 +11,40 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from flexolmo_megatron.domain.publish import OwnerRouter
 from flexolmo_megatron.runtime.setup import local_device
 
 
 class MeanDrift:
-    """The penalty of one layer: |z|^2, z the mean state of the owner's tokens less the anchor's, in deviations.
+    """The penalty of one layer: |z|^2 times the owner's share of the tokens, where z is the mean state of the owner's
+    tokens less the one expected, each coordinate in its standard deviation.
 
-    No microbatch sees a step's documents whole. So z is that of the step before, and each token adds the product of its
-    own state with it: the gradient of |z|^2 but for that delay, and the same under every layout. Nor does chance within
-    a step count as drift, since that of two steps is independent.
+    No microbatch sees a step's documents whole. So one z is that of the step before, and each token adds the product of
+    its own part of z with it. That has the gradient of |z|^2 but for the delay, is the same under every layout, and has
+    no part of what z is by chance, which is independent in two steps.
     """
 
-    def __init__(self, expected_h: Tensor, deviation_h: Tensor) -> None:
-        """Begin without drift: an expert that starts as the anchor has none.
+    def __init__(self, expected_h: Tensor, deviation_h: Tensor, coefficient: float) -> None:
+        """Begin as if there had been no drift in the step before the first.
 
         Args:
-            expected_h: mean state that the anchor gives the owner's documents.
+            expected_h: mean state that the anchor gives the owner's documents. ``DomainVector.moments`` has it for
+                whole documents that count the same, while tokens count the same in training: so even the anchor
+                itself is a little away from it.
             deviation_h: standard deviation of public tokens' states; all above 0.
+            coefficient: weight of the penalty.
         """
         self.expected_h = expected_h.to(local_device(), torch.float64)
         self.deviation_h = deviation_h.to(local_device(), torch.float64)
+        self.coefficient = coefficient
         self.drift_h = torch.zeros_like(expected_h, dtype=torch.float32, device=local_device())
         """z of the last step that counted. A checkpoint holds it."""
         self.sums = torch.zeros(len(expected_h) + 1, dtype=torch.float64, device=local_device())
         """This rank's own tokens of the step so far: the sum of their states, and how many."""
 
     def penalty(self, states_sbh: Tensor, own_b: Tensor) -> Tensor:
-        """Return a scalar whose gradient is that of |z|^2 (see above), and note the states.
+        """Return the penalty as a scalar, a mean over tokens whose gradient is half of what it should be (of a product
+        one factor alone is differentiated), and note the states.
 
         Args:
             states_sbh: what the router reads, of this rank's part of the sequences.
@@ -47,8 +54,9 @@ class MeanDrift:
         with torch.no_grad():
             self.sums[:-1] += torch.einsum("sbh,b->h", states_sbh, weight_b)
             self.sums[-1] += weight_b.sum() * len(states_sbh)
-            direction_h = (2 * self.drift_h / self.deviation_h).float()
-        return ((states_sbh @ direction_h) * weight_b).mean()
+            direction_h = self.drift_h / self.deviation_h
+            there = (direction_h @ self.expected_h).float()
+        return ((states_sbh @ direction_h.float() - there) * weight_b).mean()
 
     def advance(self, sums: Tensor) -> None:
         """Go on to the next step.
@@ -61,12 +69,28 @@ class MeanDrift:
         self.drift_h = torch.where(tokens > 0, now_h.float(), self.drift_h)
 
 
+def penalise_drift(chunks: list[nn.Module], router: OwnerRouter, coefficient: float) -> None:
+    """Give the routers of a pair the penalty, that of the first layer included: no expert is below it, but then every
+    stage of a pipeline reports the same.
+
+    Args:
+        chunks: this rank's part of the model.
+        router: the owner's, of a vector that has moments.
+        coefficient: weight of the penalty.
+    """
+    for pair in _routers(chunks):
+        pair.drift = MeanDrift(*router.moments_of(pair.layer_number - 1), coefficient)
+
+
 def drifts(chunks: list[nn.Module]) -> dict[int, MeanDrift]:
     """Return the penalties of this rank's layers, by the layer's number from 0; none in a run without them."""
+    return {pair.layer_number - 1: pair.drift for pair in _routers(chunks) if pair.drift is not None}
+
+
+def _routers(chunks: list[nn.Module]) -> list[nn.Module]:
     from flexolmo_megatron.model.router import PairRouter
 
-    routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, PairRouter)]
-    return {router.layer_number - 1: router.drift for router in routers if router.drift is not None}
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, PairRouter)]
 
 
 def end_step(chunks: list[nn.Module], counts: bool) -> None:

@@ -160,7 +160,7 @@ class PairRouter(DomainRouter):
     """Boolean `[b]`, True for the owner's documents, False for public ones; set for each microbatch of a run with a
     domain loss or a penalty on drift, else None."""
     drift: MeanDrift | None = None
-    """The penalty on what the layers below do to the owner's documents, weighted by drift_coeff; None for none."""
+    """The penalty on what the layers below do to the owner's documents; None for none."""
     noise_B: Tensor | None = None
     """fp32 `[b]`, added to the owner's logits while training; set for each microbatch of a run with routing noise, else
     None."""
@@ -214,9 +214,7 @@ class PairRouter(DomainRouter):
         return MoEAuxLossAutoScaler.apply(logits, loss * self.config.domain_loss_coeff / self.tp_cp_group.size())
 
     def _apply_drift_penalty(self, logits: Tensor, input: Tensor) -> Tensor:
-        """Attach ``MeanDrift.penalty``, which reaches the experts of the layers below; reported is |z|^2 itself."""
-        save_to_aux_losses_tracker(
-            "mean_drift", self.drift.drift_h.square().sum(), self.layer_number, self.config.num_layers
-        )
+        """Attach ``MeanDrift.penalty``, which reaches the experts of the layers below."""
         penalty = self.drift.penalty(input, self.own_B)
-        return MoEAuxLossAutoScaler.apply(logits, penalty * self.config.drift_coeff / self.tp_cp_group.size())
+        save_to_aux_losses_tracker("mean_drift", penalty.detach(), self.layer_number, self.config.num_layers)
+        return MoEAuxLossAutoScaler.apply(logits, penalty * 2 * self.drift.coefficient / self.tp_cp_group.size())

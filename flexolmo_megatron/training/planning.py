@@ -46,11 +46,11 @@ def plan(mode: Mode, config: TrainConfig, world_size: int) -> Plan:
             f"merged, data.proxies and leave_one_out are options of `train router`: expected none of them for "
             f"`train {mode}`"
         )
-    if mode != "expert" and config.expert.anchor_kl_coeff:
-        raise FlexOlmoError(
-            f"expert.anchor_kl_coeff = {config.expert.anchor_kl_coeff} is an option of `train expert`: expected none "
-            f"for `train {mode}`"
-        )
+    for name in ("anchor_kl_coeff", "drift_coeff"):
+        if mode != "expert" and (coefficient := getattr(config.expert, name)):
+            raise FlexOlmoError(
+                f"expert.{name} = {coefficient} is an option of `train expert`: expected none for `train {mode}`"
+            )
     planned = plan_start(mode, config)
     if config.data.seq_length > planned.card.model.max_position_embeddings:
         raise FlexOlmoError(

@@ -21,7 +21,7 @@ from flexolmo_megatron.exchange.digest import BackgroundDigest, model_digest
 from flexolmo_megatron.model.builder import build_model
 from flexolmo_megatron.model.config import transformer_config
 from flexolmo_megatron.model.engine import engine_settings, prepare_engine
-from flexolmo_megatron.model.mean_drift import MeanDrift
+from flexolmo_megatron.model.mean_drift import penalise_drift
 from flexolmo_megatron.model.weights import init_expert_from_anchor, load_anchor, load_weights
 from flexolmo_megatron.runtime.ranks import on_first_rank, together
 from flexolmo_megatron.runtime.setup import local_device
@@ -64,10 +64,11 @@ def start(planned: Plan, config: TrainConfig, resumes: bool) -> Start:
             anchor_ffn_hidden_size=planned.anchor_ffn_hidden_size,
             domain_loss_coeff=config.expert.domain_loss_coeff,
             domain_margin=config.expert.domain_margin,
-            drift_coeff=config.expert.drift_coeff,
         )
     )
     fill_pair(chunks, planned.anchor, router)
+    if config.expert.drift_coeff:
+        penalise_drift(chunks, router, config.expert.drift_coeff)
     return Start(card, wrap(config, chunks))
 
 
@@ -108,8 +109,6 @@ def fill_pair(chunks: list[GPTModel], anchor: LazyModel, router: OwnerRouter) ->
             layer.mlp.router.row.copy_(row)
             if layer.mlp.router.bias is not None:
                 layer.mlp.router.bias.copy_(bias)
-            if chunk.config.drift_coeff:
-                layer.mlp.router.drift = MeanDrift(*router.moments_of(layer.layer_number - 1))
         freeze_anchor(chunk)
 
 

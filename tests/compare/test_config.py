@@ -95,12 +95,22 @@ def test_a_penalty_on_drift_goes_with_discriminants_alone(config_file: str) -> N
     config = load_compare(config_file, ["owner.expert.drift_coeff=0.5"])
     assert owner_options(config, None)[0]["expert.drift_coeff"] == 0.5
     assert owner_options(config, "no embedding init")[0]["expert.drift_coeff"] == 0
-    message = "expert.drift_coeff = 0.5: expected 0 where the owners' rows are no discriminants"
+    message = "expert.drift_coeff = 0.5: expected 0 for experts without discriminants"
     for words in (["setting=paper"], ["embed.embedder=some/model"]):
         with pytest.raises(FlexOlmoError, match=message):
             load_compare(config_file, ["owner.expert.drift_coeff=0.5", *words])
     with pytest.raises(FlexOlmoError, match=message):
         load_compare(config_file, ["variants.a={embed.centre: true, expert.drift_coeff: 0.5}"])
+    apart = "{expert.coordination: false, expert.routing_noise: 0, expert.router_window: 1}"
+    config = load_compare(config_file, ["variants.a={expert.random_row: true}", f"variants.b={apart}"])
+    assert [owner_options(config, name)[0]["expert.drift_coeff"] for name in (None, "a", "b")] == [0.01, 0, 0]
+
+
+def test_every_ablation_has_a_definition() -> None:
+    from flexolmo_megatron.compare.settings import ABLATIONS
+    from flexolmo_megatron.evaluation.methods import flexolmo
+
+    assert ABLATIONS.keys() <= flexolmo.ABLATIONS.keys()
 
 
 def test_router_tuning_has_a_small_learning_rate_a_short_warm_up_and_no_z_loss(config_file: str) -> None:

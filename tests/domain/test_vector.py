@@ -191,6 +191,7 @@ HEADER = "{'descr': '<f4', 'fortran_order': %s, 'shape': %s, }"
     (npy(unit(3))[:-4], "vectors has 44 bytes: expected 12 times 4"),
     (header(HEADER % (False, "(1000000000, 1000000000)")), "vectors has 0 bytes: expected 1000000000000000000 times 4"),
     (header(HEADER % (False, "(-1, -12)"), bytes(48)), "vectors has the shape (-1, -12): expected"),
+    (header(HEADER % (False, f"(0, {10**30})")), f"vectors has the shape (0, {10**30}): expected 2 dimensions"),
     (header(HEADER % (False, "(True, 12)"), bytes(48)), "vectors has the shape (True, 12): expected"),
     (npy(np.ones((9000, 1), np.float32)), "vectors have the shape [9000, 1]: expected 1 to 4096 rows"),
     (header("{[]: 1}"), "no sound .npy header"),

@@ -3,11 +3,14 @@
 import os
 import shlex
 from contextlib import nullcontext
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from flexolmo_megatron.cli import main
 from flexolmo_megatron.commands.launch import EXAMPLE
+from flexolmo_megatron.domain.vector import DomainVector, save_vector
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.launch.slurm import _check_ended
 from tests.launch.launches import dry_run, publish, refused, sbatch_options, scripts, touch
@@ -55,6 +58,8 @@ from tests.slurm.cluster import unavailable
     (["anchor.options=['data.train=[x]', parallel.tensor=3]"], "anchor: parallel.tensor = 3"),
     (["experts.slurm={nodes: 1, tasks_per_node: 3}"], "experts.each.code: global_batch_size = "),
     (["embed_arguments=[--sclae, '2']"], "embed_arguments: unrecognized arguments: --sclae 2"),
+    (["experts.options=[global_batch_size=32, expert.drift_coeff=0.01]"],
+     "out/experts/code/domain.npz: expected a file from `flexolmo embed --public` (experts.embed_arguments), or 0"),
     (["experts.embed_arguments=[--scale, x]"], "experts.embed_arguments: argument --scale: invalid float value: 'x'"),
     (["merge.merge_arguments=[--topk, '2']"], "merge.merge_arguments: unrecognized arguments: --topk"),
     (["merge.eval_arguments=[--help]"], "merge.eval_arguments: expected options that run it"),
@@ -67,6 +72,21 @@ from tests.slurm.cluster import unavailable
 ])
 def test_what_is_refused(capsys, launch_file, overrides, message):
     assert message in refused(capsys, launch_file, *overrides)
+
+
+def test_a_penalty_on_drift_has_what_it_is_measured_by(capsys, launch_file, tmp_path, monkeypatch):
+    """A vector that will be made, or one that is there, of which only its moments count."""
+    monkeypatch.chdir(tmp_path)
+    shape = (2, 4)
+    vector = DomainVector(np.ones(shape, np.float32), "anchor", "0" * 64, "0" * 64, 1, 0, 0, 1.0, centred=True,
+                          biases=np.zeros(2, np.float32))
+    words = ["experts.options=[global_batch_size=32, expert.drift_coeff=0.01]",
+             "experts.embed_arguments=[--public, public.jsonl]"]
+    save_vector(vector, tmp_path / "notes.npz")
+    message = "experts.each.notes: expert.drift_coeff = 0.01 with notes.npz: expected a file from `flexolmo embed --pub"
+    assert message in refused(capsys, launch_file, "--dry-run", *words)
+    save_vector(replace(vector, moments=np.ones((2, *shape), np.float32)), tmp_path / "notes.npz")
+    assert "expert.drift_coeff=0.01" in dry_run(capsys, launch_file, *words)
 
 
 def test_the_example_of_the_help_is_valid(capsys, tmp_path, monkeypatch):

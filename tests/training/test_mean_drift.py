@@ -15,7 +15,7 @@ def test_the_gradient_is_that_of_the_squared_distance_of_the_step_before():
     from flexolmo_megatron.model.mean_drift import MeanDrift
 
     expected_h, deviation_h = torch.tensor([1.0, -2, 0]), torch.tensor([0.5, 2, 4])
-    drift = MeanDrift(expected_h, deviation_h)
+    drift = MeanDrift(expected_h, deviation_h, 0.5)
     states_sbh = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
     own_b = torch.tensor([True, False, True, True])
 
@@ -27,18 +27,19 @@ def test_the_gradient_is_that_of_the_squared_distance_of_the_step_before():
     z_h = (mean_h - expected_h) / deviation_h
     torch.testing.assert_close(drift.drift_h, z_h.detach(), rtol=1e-5, atol=1e-6)
 
-    # d|z|^2 by one own token's state is 2 z / (deviation * own tokens); the penalty is a mean over all tokens, so with
-    # three own sequences of four it is three quarters of that in all.
-    (by_hand,) = torch.autograd.grad(z_h.square().sum(), states_sbh)
-    (found,) = torch.autograd.grad(drift.penalty(states_sbh, own_b), states_sbh)
-    torch.testing.assert_close(found, by_hand * 0.75, rtol=1e-5, atol=1e-7)
+    # Three own sequences of four: three quarters of |z|^2 where the step before was the same, and of half its gradient.
+    (by_hand,) = torch.autograd.grad(z_h.square().sum(), states_sbh, retain_graph=True)
+    again = drift.penalty(states_sbh, own_b)
+    torch.testing.assert_close(again, z_h.square().sum() * 0.75, rtol=1e-5, atol=1e-6)
+    (found,) = torch.autograd.grad(again, states_sbh)
+    torch.testing.assert_close(found, by_hand * 0.75 / 2, rtol=1e-5, atol=1e-7)
     assert not found[:, 1].any()
 
 
 def test_a_step_without_own_tokens_leaves_the_drift_as_it_was():
     from flexolmo_megatron.model.mean_drift import MeanDrift
 
-    drift = MeanDrift(torch.zeros(3), torch.ones(3))
+    drift = MeanDrift(torch.zeros(3), torch.ones(3), 1)
     drift.drift_h = torch.tensor([1.0, 2, 3])
     assert drift.penalty(torch.ones(2, 1, 3), torch.tensor([False])) == 0
     drift.advance(drift.sums)
@@ -65,20 +66,75 @@ def test_without_the_penalty_nothing_is_recorded(world, expert_options, metrics,
 
 
 def test_a_skipped_step_is_not_counted(world, expert_options, metrics, tmp_path, monkeypatch):
+    """What it saw is forgotten, and the drift of the step before it is used once more."""
     from flexolmo_megatron.model.mean_drift import MeanDrift
 
-    penalty, calls = MeanDrift.penalty, []
+    penalty, advance, last, used, advanced = MeanDrift.penalty, MeanDrift.advance, [], [], []
 
     def broken(self, states_sbh, own_b):
-        calls.append(self)
-        return penalty(self, states_sbh, own_b) * (float("nan") if len(calls) in (3, 4) else 1)  # two microbatches each
+        used.append(self.drift_h)
+        last.append((own_b.sum() * len(states_sbh), states_sbh[:, own_b].double().sum((0, 1)).detach()))
+        value = penalty(self, states_sbh, own_b)
+        return value * (float("nan") if 4 < len(used) <= 8 else 1)  # step 2: two layers, two microbatches
+
+    def checked(self, sums):
+        advanced.append((sums.clone(), self))
+        advance(self, sums)
 
     monkeypatch.setattr(MeanDrift, "penalty", broken)
-    options = [f"expert.domain_vector={world}/discriminant.npz", "expert.drift_coeff=0.1", "optimizer.lr=2e-2"]
+    monkeypatch.setattr(MeanDrift, "advance", checked)
+    options = [f"expert.domain_vector={world}/discriminant.npz", "expert.drift_coeff=0.1", "train_iters=3"]
     assert main(expert_options(tmp_path / "run", *options)) == 0
-    rows = metrics(tmp_path / "run")
-    assert ["skipped" in row for row in rows] == [False, True, False, False, False, False]
-    assert rows[1]["mean_drift"] == rows[2]["mean_drift"] > 0
+    assert ["skipped" in row for row in metrics(tmp_path / "run")] == [False, True, False]
+    assert len(advanced) == 4 and len(used) == 12
+    assert used[4] is used[8] and used[5] is used[9] and used[4].any() and used[5].any()
+    # Each layer's calls in a step are the first and third or the second and fourth.
+    for layer, (sums, _) in enumerate(advanced[2:]):
+        tokens, states_h = (sum(parts) for parts in zip(last[8 + layer], last[10 + layer], strict=True))
+        assert sums[-1] == tokens
+        torch.testing.assert_close(sums[:-1], states_h, rtol=1e-5, atol=1e-4)  # sums in fp32
+
+
+def test_public_documents_do_not_count(world, expert_options, tmp_path, monkeypatch):
+    from flexolmo_megatron.model.mean_drift import MeanDrift
+    from flexolmo_megatron.training import passes
+
+    seen, wanted = [], []
+    penalty, set_routers = MeanDrift.penalty, passes._set_routers
+
+    def recorded(self, states_sbh, own_b):
+        seen.append(own_b.tolist())
+        return penalty(self, states_sbh, own_b)
+
+    def expected(config, own_prefixes, batch, model):
+        wanted.extend([(batch["dataset_id"] == 0).tolist()] * 2)  # layers
+        set_routers(config, own_prefixes, batch, model)
+
+    monkeypatch.setattr(MeanDrift, "penalty", recorded)
+    monkeypatch.setattr(passes, "_set_routers", expected)
+    options = [f"expert.domain_vector={world}/discriminant.npz", "expert.drift_coeff=0.1", "data.valid=[]"]
+    mixed = [f"data.public=[{world}/public]", "data.public_share=0.5"]
+    assert main(expert_options(tmp_path / "run", *options, *mixed)) == 0
+    assert seen == wanted and {True, False} == {value for row in seen for value in row}
+
+
+def test_validation_does_not_count(world, expert_options, metrics, tmp_path):
+    options = [f"expert.domain_vector={world}/discriminant.npz", "expert.drift_coeff=0.1"]
+    for name, interval in (("often", 1), ("once", 0)):
+        assert main(expert_options(tmp_path / name, *options, f"eval_interval={interval}")) == 0
+    often, once = ([row["mean_drift"] for row in metrics(tmp_path / name)] for name in ("often", "once"))
+    assert often == once and any(once)
+
+
+def test_other_kinds_of_runs_have_none():
+    from flexolmo_megatron.config.load import load_config
+    from flexolmo_megatron.config.train import TrainConfig
+    from flexolmo_megatron.errors import FlexOlmoError
+    from flexolmo_megatron.training.planning import plan
+
+    config = load_config(TrainConfig, overrides=["out=o", "data.train=[x]", "expert.drift_coeff=0.5"])
+    with pytest.raises(FlexOlmoError, match="^expert.drift_coeff = 0.5 is an option of `train expert`: expected none"):
+        plan("anchor", config, 1)
 
 
 @pytest.mark.parametrize("options, message", [
