@@ -11,7 +11,6 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from flexolmo_megatron.domain.publish import OwnerRouter
 from flexolmo_megatron.runtime.setup import local_device
 
 
@@ -69,28 +68,12 @@ class MeanDrift:
         self.drift_h = torch.where(tokens > 0, now_h.float(), self.drift_h)
 
 
-def penalise_drift(chunks: list[nn.Module], router: OwnerRouter, coefficient: float) -> None:
-    """Give the routers of a pair the penalty, that of the first layer included: no expert is below it, but then every
-    stage of a pipeline reports the same.
-
-    Args:
-        chunks: this rank's part of the model.
-        router: the owner's, of a vector that has moments.
-        coefficient: weight of the penalty.
-    """
-    for pair in _routers(chunks):
-        pair.drift = MeanDrift(*router.moments_of(pair.layer_number - 1), coefficient)
-
-
 def drifts(chunks: list[nn.Module]) -> dict[int, MeanDrift]:
     """Return the penalties of this rank's layers, by the layer's number from 0; none in a run without them."""
-    return {pair.layer_number - 1: pair.drift for pair in _routers(chunks) if pair.drift is not None}
-
-
-def _routers(chunks: list[nn.Module]) -> list[nn.Module]:
     from flexolmo_megatron.model.router import PairRouter
 
-    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, PairRouter)]
+    routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, PairRouter)]
+    return {router.layer_number - 1: router.drift for router in routers if router.drift is not None}
 
 
 def end_step(chunks: list[nn.Module], counts: bool) -> None:

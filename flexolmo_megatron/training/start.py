@@ -21,7 +21,7 @@ from flexolmo_megatron.exchange.digest import BackgroundDigest, model_digest
 from flexolmo_megatron.model.builder import build_model
 from flexolmo_megatron.model.config import transformer_config
 from flexolmo_megatron.model.engine import engine_settings, prepare_engine
-from flexolmo_megatron.model.mean_drift import penalise_drift
+from flexolmo_megatron.model.mean_drift import MeanDrift
 from flexolmo_megatron.model.weights import init_expert_from_anchor, load_anchor, load_weights
 from flexolmo_megatron.runtime.ranks import on_first_rank, together
 from flexolmo_megatron.runtime.setup import local_device
@@ -68,8 +68,15 @@ def start(planned: Plan, config: TrainConfig, resumes: bool) -> Start:
     )
     fill_pair(chunks, planned.anchor, router)
     if config.expert.drift_coeff:
-        penalise_drift(chunks, router, config.expert.drift_coeff)
+        _penalise_drift(chunks, router, config.expert.drift_coeff)
     return Start(card, wrap(config, chunks))
+
+
+def _penalise_drift(chunks: list[GPTModel], router: OwnerRouter, coefficient: float) -> None:
+    """Give a pair's routers the penalty; that of the first layer, below which no expert is, reports it all the same."""
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            layer.mlp.router.drift = MeanDrift(*router.moments_of(layer.layer_number - 1), coefficient)
 
 
 def name_anchor(planned: Plan, config: TrainConfig) -> OwnerRouter:
