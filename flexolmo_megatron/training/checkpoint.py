@@ -299,7 +299,7 @@ def load(path: Path, state: TrainingState) -> None:
         put_back_groups(loaded["optimizer"], state.optimizer, loaded["optimizer_step"])
         state.optimizer.load_state_dict(loaded["optimizer"])
     for layer, drift in drifts(state.chunks).items():
-        drift.drift_h = loaded["mean_drift"][str(layer)]
+        drift.drift_h.copy_(loaded["mean_drift"][str(layer)])
     state.scheduler.load_state_dict(loaded["scheduler"])
     for name, value in loaded["progress"].items():
         setattr(state, name, value)
