@@ -31,15 +31,13 @@ OWNER_OPTIONS = (
     "optimizer.router_lr=0",
     "expert.router_window=32",
     "expert.routing_noise=1",
-    "expert.drift_coeff=0.01",
     "moe_z_loss_coeff=0",
 )
 """Beyond the paper's setting, the default of `flexolmo compare` (docs/routing.md): a third of an owner's samples are
-public text; the router row stays the discriminant that `flexolmo embed --public` made, and its logits are averaged
-over a window, since a model this small cannot tell domains apart by one token; noise on them teaches the expert to
-work when others take some of the weight, and a penalty keeps it from moving the mean hidden state, which others'
-rows read. No z-loss: it teaches an expert to push the residual stream against the anchor's row, which after merging
-takes tokens from everybody else."""
+public text; the router row stays the discriminant that `flexolmo embed --public` made, and its logits are averaged over
+a window, since a model this small cannot tell domains apart by one token; noise on them teaches the expert to work when
+others take some of the weight. No z-loss: it teaches an expert to push the residual stream against the anchor's row,
+which after merging takes tokens from everybody else."""
 
 
 class Quickstart:

@@ -175,7 +175,7 @@ def owner_options(config: CompareConfig, variant: str | None) -> tuple[dict[str,
     options |= (flatten(config.owner) if setting is None else {}) | changes
     has_discriminants = options.get("embed.discriminant") and not options.get("expert.random_row")
     if options.get("expert.drift_coeff") and not (has_discriminants and options.get("expert.coordination", True)):
-        if "expert.drift_coeff" in (flatten(config.owner) if variant is None else changes):
+        if "expert.drift_coeff" in flatten(config.owner if variant is None else config.variants.get(variant) or {}):
             raise FlexOlmoError(f"expert.drift_coeff = {options['expert.drift_coeff']}: expected 0 for experts without "
                                 "discriminants, which it is measured by (`flexolmo embed --public`), or without "
                                 "coordination")

@@ -38,7 +38,6 @@ def _default(steps: int) -> dict[str, Any]:
         "embed.scale": 1.5,
         "expert.router_window": 32,
         "expert.routing_noise": 1.0,
-        "expert.drift_coeff": 0.01,
         "moe_z_loss_coeff": 0.0,
         "optimizer.lr": 3e-3,
         "optimizer.min_lr": 3e-4,
@@ -47,14 +46,13 @@ def _default(steps: int) -> dict[str, Any]:
 
 
 TRAINED_ROWS = {"embed.discriminant": False, "embed.max_tokens": None, "embed.scale": None,
-                "expert.domain_loss_coeff": 0.025, "expert.drift_coeff": 0.0, "optimizer.router_lr": 1e-3}
+                "expert.domain_loss_coeff": 0.025, "optimizer.router_lr": 1e-3}
 """What a setting with discriminants becomes where there are none: rows start at domain vectors and learn a margin."""
 
 
 SETTINGS: Mapping[str, Callable[[int], dict[str, Any]]] = {"default": _default, "paper": _paper}
 """From the number of steps of an owner's run to its options. default: public documents are replayed, router rows are
-discriminants that do not train, their logits are averaged over a window, experts learn beside noise on them and may
-not move the mean of what they are computed from, no z-loss.
+discriminants that do not train, their logits are averaged over a window, experts learn beside noise on them, no z-loss.
 paper: section 4.1 of arXiv 2507.07024, all of it."""
 
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
@@ -67,7 +65,7 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no embedding init, no bias": {"embed.discriminant": False, "expert.random_row": True, "expert.bias": False},
     "centred rows": {"embed.centre": True},
     "no routing noise": {"expert.routing_noise": 0.0},
-    "no drift penalty": {"expert.drift_coeff": 0.0},
+    "drift penalty": {"expert.drift_coeff": 0.01},
     "anchor KL": {"data.public_share": 0.5, "expert.anchor_kl_coeff": 1.0},
     "calibrated temperature": {"calibrate": True},
     "no replay": {"data.public_share": 0.0, "expert.domain_loss_coeff": 0.0},

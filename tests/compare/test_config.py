@@ -79,10 +79,9 @@ def test_an_ablation_changes_only_what_it_says(config_file: str) -> None:
                                         "variants.share={data.public_share: 0.25}"])
     usual, embed = owner_options(config, None)
     assert owner_options(config, "no window") == (usual | {"expert.router_window": 1}, embed)
-    assert owner_options(config, "no drift penalty") == (usual | {"expert.drift_coeff": 0.0}, embed)
+    assert owner_options(config, "drift penalty") == (usual | {"expert.drift_coeff": 0.01}, embed)
     trained = owner_options(config, "trained rows")
-    assert trained == (usual | {"expert.domain_loss_coeff": 0.025, "expert.drift_coeff": 0.0,
-                                "optimizer.router_lr": 1e-3},
+    assert trained == (usual | {"expert.domain_loss_coeff": 0.025, "optimizer.router_lr": 1e-3},
                        {"documents": 10, "max_tokens": 32})
     assert owner_options(config, "no bias") == (trained[0] | {"expert.bias": False}, trained[1])
     assert owner_options(config, "share") == (usual | {"data.public_share": 0.25}, embed)
@@ -102,8 +101,9 @@ def test_a_penalty_on_drift_goes_with_discriminants_alone(config_file: str) -> N
     with pytest.raises(FlexOlmoError, match=message):
         load_compare(config_file, ["variants.a={embed.centre: true, expert.drift_coeff: 0.5}"])
     apart = "{expert.coordination: false, expert.routing_noise: 0, expert.router_window: 1}"
-    config = load_compare(config_file, ["variants.a={expert.random_row: true}", f"variants.b={apart}"])
-    assert [owner_options(config, name)[0]["expert.drift_coeff"] for name in (None, "a", "b")] == [0.01, 0, 0]
+    config = load_compare(config_file, ["owner.expert.drift_coeff=0.5", "variants.a={expert.random_row: true}",
+                                        f"variants.b={apart}"])
+    assert [owner_options(config, name)[0]["expert.drift_coeff"] for name in (None, "a", "b")] == [0.5, 0, 0]
 
 
 def test_every_ablation_has_a_definition() -> None:

@@ -87,6 +87,9 @@ def test_ablations_of_the_rows_change_what_the_setting_has(config_file: str) -> 
     assert (usual.expert.router_window, trained.expert.router_window) == (32, 32)
     paper = planned(config_file, *words, "setting=paper")
     assert list(paper.models[1].ablations) == ["centred rows"]
+    words[1] = "ablations=[centred rows,drift penalty]"
+    assert list(planned(config_file, *words).models[1].ablations) == ["centred rows", "drift penalty"]
+    assert list(planned(config_file, *words, "setting=paper").models[1].ablations) == ["centred rows"]
     centred = paper.runs["seed_1/ablations/centred_rows/experts/math"]
     assert centred.expert.domain_loss_coeff == 0 and not centred.data.public
 

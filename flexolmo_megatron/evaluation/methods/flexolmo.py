@@ -16,7 +16,7 @@ ABLATIONS: Mapping[str, str] = {
     "no window": "each token is routed by its own logits alone, as in the paper",
     "trained rows": "router rows start at domain vectors and train, with a margin loss, instead of being discriminants",
     "no routing noise": "experts learn without noise on the routing",
-    "no drift penalty": "experts may move the mean hidden state of their documents",
+    "drift penalty": "experts are kept from moving the mean hidden state of their documents",
     "no embedding init": "router rows start at random instead of at a domain vector",
     "no bias": "router rows start at domain vectors and train, without a bias",
     "no embedding init, no bias": "router rows start at random and have no bias",
