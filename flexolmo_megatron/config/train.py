@@ -119,7 +119,8 @@ class ExpertConfig:
     """Weight of a penalty on moving the mean hidden state of the owner's documents away from where the anchor has it:
     the squared distance, in standard deviations of public tokens, summed over coordinates and layers, times the owner's
     share of the tokens (metrics.jsonl: mean_drift, the mean over layers). It keeps the expert from raising the routing
-    logits of owners whom it never meets. Needs a domain vector from `flexolmo embed --public`. The paper has none."""
+    logits of owners whom it never meets, and holds it back: docs/routing.md has where it paid (0.01). Needs a domain
+    vector from `flexolmo embed --public`. The paper has none."""
     ffn_hidden_size: int | None = None
     """Inner width of the expert; by default the anchor's. A narrower one starts from the first of the anchor's inner
     units."""
