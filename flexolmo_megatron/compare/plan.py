@@ -272,9 +272,7 @@ class _Seed:
         for owner, texts in self.config.owners.items():
             do = work.vector(self.path(anchor, "model"), texts.train, self.config.public.train, self.config.text_key,
                              embed)
-            # Discriminants of early versions have no moments.
-            made = {"embed": embed} | ({"moments": True} if embed.get("discriminant") else {})
-            self.plan.add(Step(f"{self.prefix}/{folder}/{owner}", f"the domain vector of {owner}", do, made,
+            self.plan.add(Step(f"{self.prefix}/{folder}/{owner}", f"the domain vector of {owner}", do, {"embed": embed},
                                (anchor, f"data/{owner}", f"data/{PUBLIC}")))
 
     def add_merged(self, folder: str, variant: str | None, anchor: str, vectors: str) -> str:

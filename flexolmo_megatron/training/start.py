@@ -188,7 +188,7 @@ def _first_router(config: TrainConfig, anchor: LazyModel) -> tuple[str, OwnerRou
     if vector.moments is None and config.expert.drift_coeff:
         raise FlexOlmoError(
             f"expert.drift_coeff = {config.expert.drift_coeff}: {config.expert.domain_vector} does not hold the mean "
-            "hidden state of its documents; expected a file from `flexolmo embed --public`, or 0"
+            "hidden state of its documents; expected a file that `flexolmo embed --public` of this version wrote, or 0"
         )
     digest, dense_digest = _digests(anchor, dense=True)
     vector.check_made_with(dense_digest, config.expert.domain_vector, config.anchor)

@@ -58,7 +58,7 @@ def test_other_embeddings_have_an_anchor_of_their_own(config_file: str) -> None:
                                                                             "scale": 2}}
     assert "seed_1/ablations/long_rows/anchor" in steps["seed_1/ablations/long_rows/experts/math"].inputs
     assert steps["seed_1/ablations/long_rows/vectors/math"].options == {
-        "embed": {"discriminant": True, "documents": 10, "max_tokens": 32, "scale": 2}, "moments": True}
+        "embed": {"discriminant": True, "documents": 10, "max_tokens": 32, "scale": 2}}
     assert "data/public" in steps["seed_1/ablations/long_rows/vectors/math"].inputs
 
 
@@ -66,7 +66,7 @@ def test_what_a_setting_asks_of_owners_rows_is_not_for_the_anchors(config_file: 
     steps = planned(config_file, "methods=[flexolmo]").plan.steps
     assert steps["seed_1/anchor"].options == {"embed": {"documents": 10, "max_tokens": 32}}
     assert steps["seed_1/vectors/math"].options == {
-        "embed": {"discriminant": True, "documents": 10, "max_tokens": 32, "scale": 1.5}, "moments": True}
+        "embed": {"discriminant": True, "documents": 10, "max_tokens": 32, "scale": 1.5}}
 
 
 def test_rows_of_another_embedder_train(config_file: str) -> None:

@@ -144,8 +144,8 @@ def test_other_kinds_of_runs_have_none():
      "expert.drift_coeff = 1.0 with expert.random_row = True: expected expert.random_row = False, or 0"),
     (["expert.drift_coeff=1", "expert.coordination=false"],
      "expert.drift_coeff = 1.0 with expert.coordination = False: expected expert.coordination = True, or 0"),
-    (["expert.drift_coeff=1"], "own.npz does not hold the mean hidden state of its documents; expected a file from "
-                               "`flexolmo embed --public`, or 0"),
+    (["expert.drift_coeff=1"], "own.npz does not hold the mean hidden state of its documents; expected a file that "
+                               "`flexolmo embed --public` of this version wrote, or 0"),
 ])
 def test_bad_input(expert_options, tmp_path, capsys, options, message):
     assert main(expert_options(tmp_path / "run", *options)) == 2
