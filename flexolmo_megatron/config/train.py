@@ -235,11 +235,11 @@ class TrainConfig:
                     f"expert.{name} = {coefficient}: expected a number of 0 or more, and data.public where it is "
                     f"above 0"
                 )
-        self._validate_drift()
         if not 0 < self.expert.domain_margin < math.inf:
             raise FlexOlmoError(f"expert.domain_margin = {self.expert.domain_margin}: expected a number above 0")
-        if not 0 <= self.expert.routing_noise < math.inf:
-            raise FlexOlmoError(f"expert.routing_noise = {self.expert.routing_noise}: expected a number of 0 or more")
+        for name in ("routing_noise", "drift_coeff"):
+            if not 0 <= (value := getattr(self.expert, name)) < math.inf:
+                raise FlexOlmoError(f"expert.{name} = {value}: expected a number of 0 or more")
         if not 1 <= self.expert.router_window <= MAX_ROUTER_WINDOW:
             raise FlexOlmoError(
                 f"expert.router_window = {self.expert.router_window}: expected 1 to {MAX_ROUTER_WINDOW}"
@@ -249,27 +249,23 @@ class TrainConfig:
                 f"expert.router_window = {self.expert.router_window}: without coordination no router is trained; "
                 "expected 1, `flexolmo pack` takes it"
             )
-        self._validate_anchor_kl_layout()
+        self._validate_pairs()
 
-    def _validate_drift(self) -> None:
-        coefficient = self.expert.drift_coeff
-        if not 0 <= coefficient < math.inf:
-            raise FlexOlmoError(f"expert.drift_coeff = {coefficient}: expected a number of 0 or more")
-        for name, usual in (("expert.random_row", False), ("expert.coordination", True)):
-            if coefficient and (value := attrgetter(name)(self)) != usual:
-                raise FlexOlmoError(
-                    f"expert.drift_coeff = {coefficient} with {name} = {value}: expected {name} = {usual}, or 0"
-                )
-
-    def _validate_anchor_kl_layout(self) -> None:
-        coefficient = self.expert.anchor_kl_coeff
-        # The schedule of a pipeline passes one microbatch on, not a second one of the anchor's; FP8 needs batches whose
-        # size is known; and without coordination there is no pair.
-        for name, usual in (("parallel.pipeline", 1), ("fp8.recipe", None), ("expert.coordination", True)):
-            if coefficient and (value := attrgetter(name)(self)) != usual:
-                raise FlexOlmoError(
-                    f"expert.anchor_kl_coeff = {coefficient} with {name} = {value}: expected {name} = {usual}, or 0"
-                )
+    def _validate_pairs(self) -> None:
+        """Check what losses of a pair cannot be together with."""
+        # KL: the schedule of a pipeline passes one microbatch on, not a second one of the anchor's; FP8 needs batches
+        # whose size is known. Drift: a random row says nothing of the documents. Without coordination is no pair.
+        excluded = {
+            "anchor_kl_coeff": (("parallel.pipeline", 1), ("fp8.recipe", None), ("expert.coordination", True)),
+            "drift_coeff": (("expert.random_row", False), ("expert.coordination", True)),
+        }
+        for loss, settings in excluded.items():
+            coefficient = getattr(self.expert, loss)
+            for name, usual in settings:
+                if coefficient and (value := attrgetter(name)(self)) != usual:
+                    raise FlexOlmoError(
+                        f"expert.{loss} = {coefficient} with {name} = {value}: expected {name} = {usual}, or 0"
+                    )
 
     def _validate_numbers(self) -> None:
         """Check the range of each number that stands for itself."""

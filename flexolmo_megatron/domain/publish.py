@@ -83,13 +83,16 @@ class OwnerRouter(NamedTuple):
 
     def of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the row `[h]` and the bias `[]` of a layer, from 0."""
-        place = layer if len(self.rows) > 1 else 0
+        place = self._place(layer)
         return self.rows[place], self.biases[place]
 
     def moments_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a layer's mean state of the owner's documents and the deviation of public ones, both `[h]`."""
-        mean_h, deviation_h = self.moments[:, layer if len(self.rows) > 1 else 0]
+        mean_h, deviation_h = self.moments[:, self._place(layer)]
         return mean_h, deviation_h
+
+    def _place(self, layer: int) -> int:
+        return layer if len(self.rows) > 1 else 0
 
 
 def owner_router(vector: DomainVector, anchor: LazyModel) -> OwnerRouter:

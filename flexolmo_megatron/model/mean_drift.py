@@ -11,6 +11,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from flexolmo_megatron.model.router import PairRouter
 from flexolmo_megatron.runtime.setup import local_device
 
 
@@ -70,22 +71,19 @@ class MeanDrift:
 
 def drifts(chunks: list[nn.Module]) -> dict[int, MeanDrift]:
     """Return the penalties of this rank's layers, by the layer's number from 0; none in a run without them."""
-    from flexolmo_megatron.model.router import PairRouter
-
     routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, PairRouter)]
     return {router.layer_number - 1: router.drift for router in routers if router.drift is not None}
 
 
 def end_step(chunks: list[nn.Module], counts: bool) -> None:
-    """Add up the states of all ranks for the next step. Called by all ranks, after the last backward pass.
+    """Add up the states of all ranks for the next step. Called by all ranks of a run with the penalty, after the last
+    backward pass.
 
     Args:
         chunks: this rank's part of the model.
         counts: False after a step that is skipped: its states are forgotten.
     """
     found = list(drifts(chunks).values())
-    if not found:
-        return
     sums = torch.stack([drift.sums for drift in found])
     if counts:
         # Tensor-parallel ranks have parts of each sequence, or all of them the whole: the mean is the same.

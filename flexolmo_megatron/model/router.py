@@ -7,6 +7,8 @@ logits_e = r_e . x + min(b_e, 0); p = softmax over the allowed experts; top-k of
 Legend: s sequence, b batch, T = s * b tokens, H hidden, E experts.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import (
@@ -19,8 +21,10 @@ from torch import Tensor, nn
 
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.model.config import FlexOlmoTransformerConfig
-from flexolmo_megatron.model.mean_drift import MeanDrift
 from flexolmo_megatron.model.router_window import LogitHistory, window_mean_of_part
+
+if TYPE_CHECKING:
+    from flexolmo_megatron.model.mean_drift import MeanDrift
 
 _UPSTREAM = {"moe_router_pre_softmax": True, "moe_router_score_function": "softmax", "moe_router_num_groups": None,
              "moe_router_topk_scaling_factor": None, "moe_router_enable_expert_bias": False,
@@ -159,7 +163,7 @@ class PairRouter(DomainRouter):
     own_B: Tensor | None = None
     """Boolean `[b]`, True for the owner's documents, False for public ones; set for each microbatch of a run with a
     domain loss or a penalty on drift, else None."""
-    drift: MeanDrift | None = None
+    drift: "MeanDrift | None" = None
     """The penalty on what the layers below do to the owner's documents; None for none."""
     noise_B: Tensor | None = None
     """fp32 `[b]`, added to the owner's logits while training; set for each microbatch of a run with routing noise, else

@@ -148,7 +148,8 @@ class Loop:
             apply_gradients(state.optimizer, norm)
             state.tokens += tokens
             state.skipped_in_a_row = 0
-        end_step(state.chunks, counts=agreed.problem is None)
+        if config.expert.drift_coeff:
+            end_step(state.chunks, counts=agreed.problem is None)
         # The schedule and the data go on over a skipped step, so that both end with the run.
         state.scheduler.step(1)
         state.step += 1

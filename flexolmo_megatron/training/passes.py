@@ -53,8 +53,9 @@ def _set_routers(config: TrainConfig, own_prefixes: int, batch: dict[str, Tensor
     """Tell the routers of a pair what they need to know of a microbatch beside its tokens."""
     own, noise = None, None
     if model.training and (config.expert.domain_loss_coeff or config.expert.drift_coeff):
-        whole = torch.zeros(len(batch["tokens"]), dtype=torch.long, device=local_device())
-        own = batch.get("dataset_id", whole) < own_prefixes  # a single data set is no blend, and has no numbers
+        # A single data set is no blend, and has no numbers.
+        own = (batch["dataset_id"] < own_prefixes if "dataset_id" in batch
+               else torch.ones_like(batch["tokens"][:, 0], dtype=torch.bool))
     if model.training and config.expert.routing_noise:
         noise = routing_noise(batch["tokens"], get_model_config(model).num_layers, config.seed).to(local_device())
     for router in model.modules():

@@ -10,6 +10,7 @@ from sklearn.covariance import shrunk_covariance
 
 from flexolmo_megatron.domain.discriminant import SHRINKAGE, PublicStates, public_states
 from flexolmo_megatron.domain.embed import domain_vector
+from flexolmo_megatron.domain.privacy import GaussianMechanism
 from flexolmo_megatron.errors import FlexOlmoError
 
 TEXTS = ["a short one", "a longer text, which is cut into pieces: " + "words " * 30, "", "the third"]
@@ -68,6 +69,13 @@ def test_a_discriminant_holds_what_drift_is_measured_by(embedder):
     for layer, covariance_hh in enumerate(public.covariance_Lhh):
         variance_h = np.diag(shrunk_covariance(covariance_hh, shrinkage=SHRINKAGE))
         np.testing.assert_allclose(vector.moments[1, layer], variance_h**0.5, rtol=1e-5)
+
+
+def test_a_private_mean_makes_no_discriminant(embedder):
+    public = public_states(embedder, TEXTS, 2)
+    with pytest.raises(FlexOlmoError, match="^a private mean is no mean of hidden states: expected no noise with pub"):
+        domain_vector(embedder, TEXTS[:1], hidden_size=public.mean_Lh.shape[1], dense_digest="0" * 64, seed=0,
+                      privacy=GaussianMechanism(4.0, 1e-6, 1.0), public=public)
 
 
 def test_a_stopped_pass_goes_on(embedder, tmp_path, monkeypatch):
