@@ -6,6 +6,7 @@ An option that is not given has the filter's own default, which for datatrove's 
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Any, get_origin
 
 from flexolmo_megatron.errors import FlexOlmoError, first_line, nearest
@@ -15,6 +16,9 @@ _UNSEEN = ("self", "exclusion_writer", "batch_size")
 
 _OF_WORDS = ("gopher_quality", "gopher_repetition", "c4_quality", "fineweb_quality")
 """Filters that split texts of a ``language`` into words."""
+
+_MODELS = {"fasttext": "model_url", "language": "model"}
+"""Filters with a model, and the option that names its file."""
 
 _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"), int: ((int, float), "a number"), float: ((int, float), "a number"),
@@ -28,7 +32,7 @@ FILTERS = {
     "c4_quality": ("datatrove.pipeline.filters", "C4QualityFilter"),
     "fineweb_quality": ("datatrove.pipeline.filters", "FineWebQualityFilter"),
     "regex": ("datatrove.pipeline.filters", "RegexFilter"),
-    "fasttext": ("datatrove.pipeline.filters", "FastTextClassifierFilter"),
+    "fasttext": ("flexolmo_megatron.mix.steps", "FastText"),
     "url": ("flexolmo_megatron.mix.steps", "Url"),
     "language": ("flexolmo_megatron.mix.steps", "Language"),
     "label": ("flexolmo_megatron.mix.steps", "Label"),
@@ -52,6 +56,11 @@ class FilterSpec:
         if self.name == "url":
             return ["url"]
         return [self.options["key"]] if self.name in ("label", "number") else []
+
+    @property
+    def model(self) -> Path | None:
+        """File of its model, if it has one."""
+        return Path(self.options[_MODELS[self.name]]) if self.name in _MODELS else None
 
     def build(self) -> Any:
         """The step of a pipeline.

@@ -1,4 +1,4 @@
-"""Filters on what documents carry beside their text, two of datatrove without a network, and the end of a pipeline."""
+"""Filters on what documents carry beside their text, some of datatrove without a network, and the end of a pipeline."""
 
 import json
 import re
@@ -9,10 +9,12 @@ from typing import Any
 
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.filters import LanguageFilter, URLFilter
+from datatrove.pipeline.filters import FastTextClassifierFilter, LanguageFilter, URLFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.utils.lid import FT176LID
+from datatrove.utils.text import SPLIT_TEXT_DOCUMENTS
 
+from flexolmo_megatron.errors import first_line
 from flexolmo_megatron.files import atomic_file
 
 _WORD = re.compile(r"\w+")
@@ -37,6 +39,22 @@ class Url(URLFilter):
         return super().filter(document)
 
 
+def load_fasttext(file: str) -> Any:
+    """Return the fastText model of a local file: datatrove makes a copy once, and would use it for ever after.
+
+    Raises:
+        ValueError: there is no such file, or it is no fastText model.
+    """
+    from fasttext.FastText import _FastText
+
+    if not Path(file).is_file():
+        raise ValueError(f"model {file} does not exist; expected the file of a fastText model")
+    try:
+        return _FastText(file)
+    except Exception as error:  # a damaged file shows in many ways
+        raise ValueError(f"model {file} cannot be loaded; expected a fastText model ({first_line(error)})") from error
+
+
 class _LocalLid(FT176LID):
     def __init__(self, file: str, languages: list[str]) -> None:
         super().__init__(languages)
@@ -45,9 +63,7 @@ class _LocalLid(FT176LID):
     @cached_property
     def model(self) -> Any:
         """The fastText model."""
-        from fasttext.FastText import _FastText
-
-        return _FastText(self.file)
+        return load_fasttext(self.file)
 
 
 class Language(LanguageFilter):
@@ -55,14 +71,34 @@ class Language(LanguageFilter):
 
     def __init__(self, model: str, languages: list[str], language_threshold: float = 0.65) -> None:
         super().__init__(languages, language_threshold)
-        if not Path(model).is_file():
-            raise ValueError(f"model {model} does not exist; expected a fastText model of languages, such as "
-                             "lid.176.bin of fasttext.cc")
+        load_fasttext(model)  # to refuse it now; each process loads its own, as a model cannot be passed on
         self.model = _LocalLid(model, self.languages)
 
     def filter(self, doc: Document) -> tuple[bool, str]:
         """Keep documents that are likely to be in one of the languages."""
         return bool(super().filter(doc)), str(doc.metadata["language"])
+
+
+class FastText(FastTextClassifierFilter):
+    """datatrove's, with the model of a local file."""
+
+    def __init__(self, model_url: str, keep_labels: list | None = None, remove_labels: list | None = None,
+                 save_labels_in_metadata: bool = True, newline_replacement: str = "",
+                 filter_mode: str = SPLIT_TEXT_DOCUMENTS) -> None:
+        super().__init__(model_url, keep_labels, remove_labels, save_labels_in_metadata,
+                         newline_replacement=newline_replacement, filter_mode=filter_mode)
+        chosen = self.keep_labels or self.remove_labels
+        if not chosen:
+            raise ValueError("expected labels with their scores, either to keep or to remove")
+        known = [label.removeprefix("__label__") for label in load_fasttext(model_url).labels]
+        for label, _ in chosen:
+            if label not in known:
+                raise ValueError(f"model {model_url} has no label {label!r}; its labels are {', '.join(known)}")
+
+    @cached_property
+    def model(self) -> Any:
+        """The fastText model."""
+        return load_fasttext(self.model_url)
 
 
 class Label(BaseFilter):

@@ -1,8 +1,10 @@
 """Each filter on a few documents that it must keep or drop."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from datatrove.data import Document
@@ -96,6 +98,33 @@ def test_language_and_fasttext(fasttext_model):
     kept = {"fasttext": {"model_url": fasttext_model, "keep_labels": ["de", 0.7]}}
     assert result(kept, "der Garten und das Haus")[0] is True
     assert result(kept, "the garden and the house")[0] is False
+
+
+def test_the_model_is_the_one_that_the_file_has_now(fasttext_model, tmp_path):
+    def tells(value, text="der Garten und das Haus"):
+        return result({value: {"fasttext": {"model_url": str(tmp_path / "m.bin"), "keep_labels": ["de", 0.7]},
+                               "language": {"model": str(tmp_path / "m.bin"), "languages": ["de"]}}[value]}, text)[0]
+
+    for name in ("fasttext", "language"):
+        with pytest.raises(FlexOlmoError, match=f"^the filter {name}: model {tmp_path}/m.bin does not exist; expected"):
+            tells(name)
+    (tmp_path / "m.bin").write_bytes(b"no model" * 9)
+    for name in ("fasttext", "language"):
+        with pytest.raises(FlexOlmoError, match=f"^the filter {name}: model {tmp_path}/m.bin cannot be loaded; expect"):
+            tells(name)
+    shutil.copy(fasttext_model, tmp_path / "m.bin")
+    assert tells("fasttext") is tells("language") is True
+    swapped = Path(fasttext_model).read_bytes().replace(b"__label__de", b"__label__xx").replace(
+        b"__label__en", b"__label__de").replace(b"__label__xx", b"__label__en")
+    (tmp_path / "m.bin").write_bytes(swapped)
+    assert tells("fasttext") is tells("language") is False
+
+
+def test_a_label_that_the_model_does_not_have(fasttext_model):
+    with pytest.raises(FlexOlmoError, match="^the filter fasttext: model .* has no label 'fr'; its labels are "):
+        parse_filter("recipe x", {"fasttext": {"model_url": fasttext_model, "keep_labels": ["fr", 0.7]}}).build()
+    with pytest.raises(FlexOlmoError, match="^the filter fasttext: expected labels with their scores"):
+        parse_filter("recipe x", {"fasttext": {"model_url": fasttext_model}}).build()
 
 
 @pytest.mark.parametrize("value, message", [
