@@ -252,8 +252,11 @@ def _histogram(logits: np.ndarray) -> list[int]:
 
 def _report(options: ProxyOptions, owner_documents: int, logits: np.ndarray, selection: Selection,
             quality: dict[str, Any], skipped: dict[str, Counter[str]]) -> dict[str, Any]:
-    """Counts alone: of the owner's documents, neither text nor names of files."""
+    """Counts alone: of the owner's documents, neither text nor names of files; of folders only the last part."""
+    from flexolmo_megatron.domain.embed import display_name
+
     chosen = logits[selection.documents]
+    tokenizer = {key: display_name(value) if key == "path" else value for key, value in options.tokenizer.items()}
     return {
         "format_version": FORMAT_VERSION,
         "seed": options.seed,
@@ -269,7 +272,7 @@ def _report(options: ProxyOptions, owner_documents: int, logits: np.ndarray, sel
         },
         "proxies": {
             "documents": len(selection.documents), "tokens": selection.tokens, "text_bytes": selection.text_bytes,
-            "token_budget": options.tokens, "tokenizer": options.tokenizer, "exhausted": selection.exhausted,
+            "token_budget": options.tokens, "tokenizer": tokenizer, "exhausted": selection.exhausted,
             "lowest_score": round(float(chosen.min()), 4), "median_score": round(float(np.median(chosen)), 4),
         },
         "histogram": {

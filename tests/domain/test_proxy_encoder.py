@@ -22,7 +22,7 @@ def bert(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *map(str, range(10))]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    BertTokenizer(vocab=str(folder / "vocab.txt"), eos_token="[SEP]").save_pretrained(folder)
     torch.manual_seed(0)
     BertModel(BertConfig(vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                          intermediate_size=32, max_position_embeddings=32)).save_pretrained(folder)
@@ -74,14 +74,15 @@ def test_command(bert, tmp_path, capsys):
                             ("public", texts(4, WORDS[:4], 10) + texts(1, WORDS[4:8], 90))):
         lines = [json.dumps({"text": f"{text} {number}"}) + "\n" for number, text in enumerate(documents)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    arguments = ["proxy", str(tmp_path / "owner.jsonl"), "--public", str(tmp_path / "public.jsonl"), "--tokens", "500",
+    arguments = ["proxy", str(tmp_path / "owner.jsonl"), "--public", str(tmp_path / "public.jsonl"), "--tokens", "160",
                  "--classifier", str(bert), "--lr", "3e-3", "--epochs", "4", "--batch-size", "8", "--max-tokens", "16",
-                 "--workers", "1", "--out"]
+                 "--tokenizer", str(bert), "--workers", "1", "--out"]
     assert cli.main([*arguments, str(tmp_path / "a")]) == 0
     assert f"classifier {bert.name}: held-out accuracy" in capsys.readouterr().out
     assert cli.main([*arguments, str(tmp_path / "b")]) == 0
     assert (tmp_path / "a" / "proxies.jsonl").read_bytes() == (tmp_path / "b" / "proxies.jsonl").read_bytes()
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert report["classifier"]["learning_rate"] == 3e-3 and str(bert.parent) not in json.dumps(report)
+    assert report["proxies"]["tokenizer"] == {"type": "huggingface", "path": bert.name}
     chosen = [json.loads(line)["source"] for line in (tmp_path / "a" / "proxies.jsonl").read_text().splitlines()]
     assert sum(int(source.split(":")[1]) <= 10 for source in chosen) >= len(chosen) / 2
