@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.plots import plot_scores
 from flexolmo_megatron.files import atomic_directory, check_free, write_json
 from flexolmo_megatron.shards import require_datatrove
-from flexolmo_megatron.shards.run import Where, progress_folder, run_shards
+from flexolmo_megatron.shards.run import Where, kept_if_begun, progress_folder, run_shards
 from flexolmo_megatron.training.documents import (
     DEFAULT_MAX_BAD,
     Bad,
@@ -141,10 +142,11 @@ def select_proxies(owner: Sequence[str], public: Sequence[str], out: str | os.Pa
     if both:
         raise FlexOlmoError(f"{min(both)} is named both as the owner's and as public: expected different files")
     state = ProxyState(out, _plan(options), {"owner files": owner_files, "public files": public_files})
-    known, owner_skipped = _owner_signatures(state, owner_files, options)
-    quality = state.quality()
-    if quality is None:
-        quality = _train(state, owner_files, public_files, options)
+    with kept_if_begun(state.folder):
+        quality = state.quality()
+        known, owner_skipped = _owner_signatures(state, owner_files, options)
+        if quality is None:
+            quality = _train(state, owner_files, public_files, options)
     parts = state.parts(max(1, math.ceil(options.where.at_once / len(public_files))))
     scored, seconds, where = _score(state, public_files, parts, options)
     scores = state.scores(len(public_files), parts)
@@ -182,6 +184,11 @@ def _owner_signatures(state: ProxyState, files: list[Path], options: ProxyOption
         shards = [state.arrays(f"owner_{shard:06d}") for shard in range(len(files))]
         found = join_signatures(Signatures(shard["exact"], shard["minhash"]) for shard in shards)
         bad = sum((as_counter(shard) for shard in shards), Counter())
+        if not len(found.exact):
+            rmtree(folder)  # as if it had not been begun
+            raise FlexOlmoError("the owner's files have no usable document"
+                                + f" ({BadDocuments(options.max_bad, bad).report()})" * bool(bad)
+                                + f": expected text under --text-key {options.text_key}")
         state.save_arrays("owner", **found._asdict(), **counter_arrays(bad))
         kept = state.arrays("owner")
     bad = as_counter(kept)

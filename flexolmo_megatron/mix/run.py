@@ -11,7 +11,7 @@ from flexolmo_megatron.errors import FlexOlmoError, nearest
 from flexolmo_megatron.files import atomic_directory, check_free, write_json
 from flexolmo_megatron.mix.recipe import Recipe, Source
 from flexolmo_megatron.shards import require_datatrove
-from flexolmo_megatron.shards.run import Where, open_state, progress_folder, run_shards, step_counts
+from flexolmo_megatron.shards.run import Where, kept_if_begun, open_state, progress_folder, run_shards, step_counts
 from flexolmo_megatron.training.documents import DEFAULT_MAX_BAD, find_files
 
 FORMAT_VERSION = 1
@@ -33,7 +33,7 @@ def mix(recipe: Recipe, sources: Mapping[str, Sequence[str]], out: str | os.Path
         out: new folder, created whole or not at all.
         where: files are worked on. It does not change the result.
         text_key: key or column of the text, where the recipe names none.
-        max_bad: unusable documents of a file that are skipped before the run stops.
+        max_bad: unusable documents of a file that are skipped before the run stops; not of files that are done.
 
     Returns:
         The report.
@@ -54,12 +54,13 @@ def mix(recipe: Recipe, sources: Mapping[str, Sequence[str]], out: str | os.Path
     pipelines = {name: [spec.build() for spec in recipe.sources[name].filters] for name in files}
     models = {f"model of {name}": [spec.model for spec in recipe.sources[name].filters if spec.model]
               for name in files}
-    state = open_state(out, {"recipe": recipe.text, "text_key": text_key, "max_bad": max_bad}, files | models)
+    state = open_state(out, {"recipe": recipe.text, "text_key": text_key}, files | models)
     report: dict[str, Any] = {"format_version": FORMAT_VERSION, "recipe": recipe.name, "sources": {},
                               "absent": [name for name in recipe.sources if name not in files]}
-    for name, steps in pipelines.items():
-        report["sources"][name] = _run_source(recipe.sources[name], name, files[name], steps, state / SOURCES / name,
-                                              where, text_key, max_bad)
+    with kept_if_begun(state):
+        for name, steps in pipelines.items():
+            report["sources"][name] = _run_source(recipe.sources[name], name, files[name], steps,
+                                                  state / SOURCES / name, where, text_key, max_bad)
     with atomic_directory(out) as folder:
         for name, paths in files.items():
             for shard in range(len(paths)):

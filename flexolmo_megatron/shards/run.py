@@ -8,10 +8,11 @@ terminal there is a bar, in a log a line now and then.
 import json
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 from flexolmo_megatron.errors import FlexOlmoError
@@ -22,6 +23,8 @@ from flexolmo_megatron.training.progress import DocumentProgress
 if TYPE_CHECKING:
     from flexolmo_megatron.shards.slurm import SlurmOptions
 
+SCRIPT = "launch_script.slurm"
+"""datatrove's name for the script of a Slurm job, which is there while the job may still do shards of the folder."""
 _PLAN, _PROGRESS = "plan.json", "progress"
 _POLL = 0.5
 """Seconds between two looks at the progress."""
@@ -91,6 +94,18 @@ def open_state(out: Path, plan: dict[str, Any], files: dict[str, Sequence[Path]]
             raise FlexOlmoError(f"cannot make the folder {folder}: {error.strerror}") from error
         write_json(folder / _PLAN, plan)
     return folder
+
+
+@contextmanager
+def kept_if_begun(state: Path) -> Iterator[None]:
+    """Remove the folder of ``open_state`` if the block ends on a mistake or Ctrl-C and no shard is done: it then holds
+    nothing to go on with, and would only keep the mended command from making another choice."""
+    try:
+        yield
+    except (FlexOlmoError, KeyboardInterrupt):
+        if not any(state.glob("**/completions/*")) and not any(state.glob(f"**/{SCRIPT}")):
+            rmtree(state)
+        raise
 
 
 def progress_folder(folder: Path) -> Path:

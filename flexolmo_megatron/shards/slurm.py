@@ -20,6 +20,7 @@ from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import atomic_file
 from flexolmo_megatron.launch.load import TIME
 from flexolmo_megatron.shards.local import keep_off_the_terminal
+from flexolmo_megatron.shards.run import SCRIPT
 
 _POLL = 2.0
 """Seconds between two looks at the queue."""
@@ -103,7 +104,7 @@ class SlurmExecutor(SlurmPipelineExecutor):
             try:
                 self.launch_job()
             except subprocess.CalledProcessError as error:
-                raise FlexOlmoError(f"sbatch refused the job {folder / 'launch_script.slurm'} with exit status "
+                raise FlexOlmoError(f"sbatch refused the job {folder / SCRIPT} with exit status "
                                     f"{error.returncode}") from error
             job = str(self.job_id)
             with atomic_file(folder / _JOB, "w") as file:
@@ -120,6 +121,7 @@ class SlurmExecutor(SlurmPipelineExecutor):
                 ended = ended or time.monotonic()
                 reasons = sorted((folder / _ERRORS).glob("*")) if (folder / _ERRORS).exists() else []
                 if reasons:
+                    (folder / SCRIPT).unlink(missing_ok=True)
                     raise FlexOlmoError(reasons[0].read_text())
                 if time.monotonic() - ended > _SETTLE:
                     raise FlexOlmoError(f"job {job} of Slurm has ended and {len(left)} of {self.tasks} shards are not "

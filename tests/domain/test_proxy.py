@@ -207,6 +207,15 @@ def test_bad_input_is_one_sentence(corpus, capsys):
     assert not (corpus / "y").exists()
 
 
+def test_a_start_that_did_nothing_does_not_bind(corpus, capsys):
+    for limit, message in (("1", "more than the 1 that --max-bad allows"),
+                           ("100", "the owner's files have no usable document (60 unusable documents (60 missing text))"
+                                   ": expected text under --text-key foo\n")):
+        run(corpus, "--text-key", "foo", "--max-bad", limit, status=2)
+        assert message in capsys.readouterr().err and not (corpus / "out.state").exists()
+    run(corpus)
+
+
 def test_all_public_documents_are_the_owners(corpus, capsys):
     write(corpus / "same.jsonl", [text.upper() for text in OWNER[:20]])
     run(corpus, "--public", corpus / "same.jsonl", status=2)

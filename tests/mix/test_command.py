@@ -94,9 +94,9 @@ def test_processes_and_a_stop_change_nothing(world, monkeypatch, capfd):
     mix(world, out="three", status=130)
     logs = world / "three.state" / "sources" / "pages" / "logs"
     assert "Processing done for rank=0" in (logs / "task_00000.log").read_text()
-    mix(world, "--max-bad", "3", out="three", status=2)
-    assert "another choice of max_bad has left: repeat that choice" in capfd.readouterr().err
-    mix(world, out="three")
+    mix(world, "--text-key", "content", out="three", status=2)
+    assert "another choice of text_key has left: repeat that choice" in capfd.readouterr().err
+    mix(world, "--max-bad", "3", out="three")
     assert written == [0, 1, 1, 0]  # the second file of pages again, then that of code
     for path in (world / "one").iterdir():
         assert path.read_bytes() == (world / "two" / path.name).read_bytes() == (
@@ -143,6 +143,13 @@ def test_too_many_unusable_documents(world, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"flexolmo: 1 unusable document (1 broken JSON), first {world}/a.jsonl:3 (broken JSON): more than the 0 that "
         "--max-bad allows")
+    mix(world, "--max-bad", "5")
+
+
+def test_a_start_that_did_nothing_does_not_bind(world):
+    mix(world, "--text-key", "txet", "--max-bad", "0", status=2)
+    assert not (world / "out.state").exists()
+    mix(world)
 
 
 def test_recipes_of_the_package(capsys):
