@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
     from flexolmo_megatron.convert.lazy import LazyModel
     from flexolmo_megatron.domain.embed import Embedder
+    from flexolmo_megatron.domain.privacy import GaussianMechanism
     from flexolmo_megatron.domain.vector import DomainVector
+
+_DELTA, _CLIP = 1e-6, 1.0
+"""Where --epsilon is given without them."""
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -70,12 +74,12 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     privacy.add_argument("--epsilon", type=float, metavar="E",
                          help="turns it on: the larger, the less noise and the less private; replacing one document "
                               "changes the chance of any outcome by a factor of at most exp(E), up to --delta")
-    privacy.add_argument("--delta", type=float, default=1e-6, metavar="D",
-                         help="should be far below 1 / number of documents (default: %(default)s)")
-    privacy.add_argument("--clip", type=float, default=1.0, metavar="NORM",
+    privacy.add_argument("--delta", type=float, metavar="D",
+                         help=f"should be far below 1 / number of documents (default: {_DELTA:g})")
+    privacy.add_argument("--clip", type=float, metavar="NORM",
                          help="longest row of a document's embedding; longer ones are shortened. The default is "
                               "the norm of what other embedders give; with the anchor it averages directions alone "
-                              "(default: %(default)s)")
+                              f"(default: {_CLIP:g})")
     parser.add_argument("--publish", metavar="DIR",
                         help="also write the published anchor, a FlexOlmo model with one expert, to this new directory")
     parser.add_argument("--format", choices=("hf", "megatron"), default="hf",
@@ -84,9 +88,23 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
+def _privacy(args: argparse.Namespace) -> "GaussianMechanism | None":
+    from flexolmo_megatron.domain.privacy import GaussianMechanism
+
+    if args.epsilon is not None:
+        return GaussianMechanism(args.epsilon, _DELTA if args.delta is None else args.delta,
+                                 _CLIP if args.clip is None else args.clip)
+    for name in ("delta", "clip"):
+        if getattr(args, name) is not None:
+            raise FlexOlmoError(f"--{name} {getattr(args, name):g} is about noise, which --epsilon asks for: expected "
+                                "that, too")
+    return None
+
+
 def _check_targets(args: argparse.Namespace, anchor: "LazyModel") -> None:
     """Refuse before the long work what would fail after it."""
     from flexolmo_megatron.domain.embed import check_options
+    from flexolmo_megatron.training.documents import check_apart, find_files
 
     card = anchor.card
     if args.publish and card.kind != "dense":
@@ -100,6 +118,10 @@ def _check_targets(args: argparse.Namespace, anchor: "LazyModel") -> None:
     if args.centre and (card.kind == "dense" or args.publish):
         raise FlexOlmoError(f"--centre compares with the rows of a published anchor: expected one, without --publish; "
                             f"{args.anchor} is a {card.kind} model")
+    if args.max_bad < 0:
+        raise FlexOlmoError(f"--max-bad {args.max_bad}: expected a number of at least 0")
+    if args.public:
+        check_apart(find_files(args.docs), find_files(args.public))
     check_options(args.documents, args.seed, args.max_tokens, args.batch_size, args.scale)
     if not Path(args.out).resolve().parent.is_dir():
         raise FlexOlmoError(f"--out {args.out}: the folder {Path(args.out).parent} does not exist")
@@ -162,12 +184,11 @@ def run(args: argparse.Namespace) -> None:
 
     from flexolmo_megatron.convert.model import open_model, save_model
     from flexolmo_megatron.domain.embed import domain_vector, open_embedder
-    from flexolmo_megatron.domain.privacy import GaussianMechanism
     from flexolmo_megatron.domain.publish import dense_digest, publish_anchor
     from flexolmo_megatron.domain.vector import save_vector
     from flexolmo_megatron.exchange.digest import model_digest
 
-    privacy = None if args.epsilon is None else GaussianMechanism(args.epsilon, args.delta, args.clip)
+    privacy = _privacy(args)
     anchor = open_model(args.anchor)
     _check_targets(args, anchor)
     texts = _sample(args, args.docs)

@@ -21,9 +21,6 @@ import numpy as np
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.untrusted import shown
 
-DEFAULT_CLIP = 1.0
-"""Norm of what sentence-transformers and GritLM give. Hidden states are longer: only their directions are averaged."""
-
 
 @dataclass(frozen=True)
 class GaussianMechanism:

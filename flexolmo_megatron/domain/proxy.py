@@ -49,6 +49,7 @@ from flexolmo_megatron.training.documents import (
     DEFAULT_MAX_BAD,
     Bad,
     BadDocuments,
+    check_apart,
     find_files,
     parse_record,
     read_records,
@@ -138,9 +139,7 @@ def select_proxies(owner: Sequence[str], public: Sequence[str], out: str | os.Pa
     check_free(out)
     load_tokenizer(options.tokenizer)
     owner_files, public_files = find_files(owner), find_files(public)
-    both = {path.resolve() for path in owner_files} & {path.resolve() for path in public_files}
-    if both:
-        raise FlexOlmoError(f"{min(both)} is named both as the owner's and as public: expected different files")
+    check_apart(owner_files, public_files)
     state = ProxyState(out, _plan(options), {"owner files": owner_files, "public files": public_files})
     with kept_if_begun(state.folder):
         quality = state.quality()

@@ -103,6 +103,13 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
     return list(files)
 
 
+def check_apart(owner: Sequence[Path], public: Sequence[Path]) -> None:
+    """Raise FlexOlmoError if a file is both an owner's and public."""
+    both = {path.resolve() for path in owner} & {path.resolve() for path in public}
+    if both:
+        raise FlexOlmoError(f"{min(both)} is named both as the owner's and as public: expected different files")
+
+
 def _pyarrow(path: Path) -> ModuleType:
     try:
         import pyarrow

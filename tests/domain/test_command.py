@@ -183,6 +183,11 @@ def test_bad_input_is_refused_before_the_work(docs, olmo2_dir, tmp_path, monkeyp
     refuses("no.jsonl does not exist", docs, "--public", tmp_path / "no.jsonl", anchor=tmp_path / "anchor")
     refuses("no.jsonl does not exist", tmp_path / "no.jsonl")
     refuses("--documents 0: expected a number of at least 1", docs, "--documents", 0)
+    refuses("--max-bad -1: expected a number of at least 0", docs, "--max-bad", -1)
+    refuses("--delta 1e-09 is about noise, which --epsilon asks for: expected that", docs, "--delta", 1e-9)
+    refuses("--clip 0.5 is about noise", docs, "--clip", 0.5)
+    refuses(f"{docs} is named both as the owner's and as public: expected different files", docs, "--public",
+            tmp_path / "*.jsonl", anchor=tmp_path / "anchor")
     refuses("--seed -1: expected a number of at least 0", docs, "--seed", -1)
     refuses("does not exist", docs, anchor=tmp_path / "nowhere")
     (tmp_path / "empty.jsonl").touch()
