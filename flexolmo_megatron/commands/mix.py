@@ -1,6 +1,7 @@
 """``flexolmo mix``: documents of a recipe's sources, filtered."""
 
 import argparse
+import sys
 
 from flexolmo_megatron.commands.documents import add_text_key_option, add_where_options
 
@@ -37,6 +38,10 @@ def run(args: argparse.Namespace) -> None:
     from flexolmo_megatron.mix.run import mix
     from flexolmo_megatron.shards.run import Where
 
+    if args.recipe is None and (args.source or args.out):
+        raise FlexOlmoError("RECIPE is missing: expected the name of a recipe, or a YAML file")
+    if args.out and not args.source:
+        raise FlexOlmoError("--source is missing: expected NAME=FILES of a source of the recipe")
     if args.recipe is None:
         for name in recipe_names():
             print(f"{name:18} {' '.join(load_recipe(name).about.split())}")
@@ -64,5 +69,7 @@ def run(args: argparse.Namespace) -> None:
                   + f"   ({reasons})" * bool(reasons))
         print(f"  written {source['written']:,} documents, {source['text_bytes'] / 1e6:,.1f} MB; licence: "
               f"{source['licence']}")
+        if not source["written"]:
+            print(f"warning: of the source {name}, nothing was kept", file=sys.stderr)
     if report["absent"]:
         print(f"sources of the recipe that were not given: {', '.join(report['absent'])}")

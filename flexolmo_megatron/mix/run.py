@@ -18,6 +18,8 @@ FORMAT_VERSION = 1
 REPORT, RECIPE = "report.json", "recipe.yaml"
 SOURCES = "sources"
 """Folder in the state: a source may have the name of any file."""
+_MISSING = ("missing", "no_url")
+"""What filters say of documents that lack what they look at."""
 
 
 def mix(recipe: Recipe, sources: Mapping[str, Sequence[str]], out: str | os.PathLike, *, where: Where,
@@ -39,7 +41,7 @@ def mix(recipe: Recipe, sources: Mapping[str, Sequence[str]], out: str | os.Path
         The report.
 
     Raises:
-        FlexOlmoError: an unknown source, bad input, or what a filter needs is missing.
+        FlexOlmoError: an unknown source, bad input, or what a filter needs is missing, in all documents or at all.
     """
     require_datatrove("flexolmo mix")
     if max_bad < 0:
@@ -61,6 +63,7 @@ def mix(recipe: Recipe, sources: Mapping[str, Sequence[str]], out: str | os.Path
         for name, steps in pipelines.items():
             report["sources"][name] = _run_source(recipe.sources[name], name, files[name], steps,
                                                   state / SOURCES / name, where, text_key, max_bad)
+            _check_fields(name, recipe.sources[name], report["sources"][name], state / SOURCES / name)
     with atomic_directory(out) as folder:
         for name, paths in files.items():
             for shard in range(len(paths)):
@@ -71,6 +74,16 @@ def mix(recipe: Recipe, sources: Mapping[str, Sequence[str]], out: str | os.Path
         (folder / RECIPE).write_text(recipe.text, encoding="utf-8")
     rmtree(state)
     return report
+
+
+def _check_fields(name: str, source: Source, report: dict[str, Any], folder: Path) -> None:
+    """Refuse a source of which no document has what a filter looks at: a wrong field, or files of another kind."""
+    for spec, row in zip(source.filters, report["filters"], strict=True):
+        missing = sum(row["reasons"].get(reason, 0) for reason in _MISSING)
+        if spec.keys and missing and missing == row["kept"] + row["dropped"]:
+            rmtree(folder)  # nothing to go on with: other files, or another recipe, are needed
+            raise FlexOlmoError(f"--source {name}: none of {missing:,} documents has a field {spec.keys[0]!r} that the "
+                                f"filter {spec.name} can use: expected files with it, or a recipe without that filter")
 
 
 def _run_source(source: Source, name: str, files: list[Path], filters: list[Any], folder: Path, where: Where,

@@ -116,6 +116,8 @@ def test_a_source_may_be_named_like_a_file_of_the_state(world):
                                                         "mean 'dclm_baseline'?); it has dclm_baseline"),
     (["news", "--source", "x", "--out", "y"], "--source x: expected NAME=FILES, as in dclm_baseline='*.jsonl'"),
     (["news", "--source", "dclm_baseline=nowhere.jsonl", "--out", "y"], "nowhere.jsonl does not exist; expected "),
+    (["news", "--out", "y"], "--source is missing: expected NAME=FILES"),
+    (["--out", "y"], "RECIPE is missing: expected the name of a recipe, or a YAML file"),
     (["news", "--source", "dclm_baseline=x"], "--out is missing: expected a new folder"),
 ])
 def test_bad_arguments(words, message, capsys):
@@ -174,6 +176,20 @@ def test_news_and_public_share_no_page(tmp_path):
                      str(tmp_path / name)]) == 0
         lines = (tmp_path / name / "dclm_baseline-000000.jsonl").read_text().splitlines()
         assert [json.loads(line)["text"] for line in lines] == expected
+
+
+@pytest.mark.parametrize("filters, message", [
+    ("label: {key: meta.kin, keep: [news]}", "none of 5 documents has a field 'meta.kin' that the filter label can"),
+    ("number: {key: text}", "none of 5 documents has a field 'text' that the filter number can use: expected files "),
+    ("url:", "none of 5 documents has a field 'url' that the filter url can use"),
+])
+def test_a_field_that_no_document_has(world, filters, message, capsys):
+    (world / "recipe.yaml").write_text(RECIPE.replace("label: {key: meta.kind, keep: [news]}", filters))
+    mix(world, status=2)
+    assert f"flexolmo: --source pages: {message}" in capsys.readouterr().err
+    (world / "recipe.yaml").write_text(RECIPE.replace("[news]", "[poems]"))
+    mix(world)
+    assert "warning: of the source pages, nothing was kept\n" in capsys.readouterr().err
 
 
 def test_code(tmp_path):
