@@ -2,9 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flexolmo_megatron.commands.documents import add_text_key_option
 from flexolmo_megatron.errors import FlexOlmoError
@@ -146,11 +146,16 @@ def _sample(args: argparse.Namespace, patterns: Sequence[str]) -> list[str]:
     return texts
 
 
+def _made_by(record: Mapping[str, Any]) -> str:
+    return ", ".join(str(record[key]) for key in ("embedder", "reading") if key in record)
+
+
 def _compare(vector: "DomainVector", anchor: "LazyModel") -> None:
     """Print how close the rows are to the anchor's own, and whether they can be compared at all."""
     import torch
 
     from flexolmo_megatron.domain.publish import public_rows
+    from flexolmo_megatron.domain.vector import same_embedder
     from flexolmo_megatron.untrusted import printable
 
     public = public_rows(anchor)
@@ -159,21 +164,22 @@ def _compare(vector: "DomainVector", anchor: "LazyModel") -> None:
     rows = torch.from_numpy(vector.vectors)
     cosines = torch.nn.functional.cosine_similarity(rows, public, dim=-1)
     print("cosine similarity with the public row, by layer: " + " ".join(f"{value:.4f}" for value in cosines))
-    theirs, ours = printable(str(anchor.card.experts[0].router.get("embedder", ""))), vector.record()["embedder"]
-    if theirs and theirs.rpartition("@")[2] != ours.rpartition("@")[2]:
-        print(f"warning: the anchor's public row was made with {theirs}, this vector with {ours}: rows of different "
-              "embedders have nothing to do with each other", file=sys.stderr)
+    theirs, ours = anchor.card.experts[0].router, vector.record()
+    if theirs.get("embedder") and not same_embedder(theirs, ours):
+        print(f"warning: the anchor's public row was made with {printable(_made_by(theirs))}, this vector with "
+              f"{_made_by(ours)}: such rows have nothing to do with each other", file=sys.stderr)
 
 
 def _centre(anchor: "LazyModel", embedder: "Embedder") -> "np.ndarray":
     """The anchor's rows, which must be of the same embedder."""
     from flexolmo_megatron.domain.publish import public_rows
+    from flexolmo_megatron.domain.vector import embedder_record, same_embedder
     from flexolmo_megatron.untrusted import shown
 
-    theirs = str(anchor.card.experts[0].router.get("embedder", ""))
-    if theirs.rpartition("@")[2] != embedder.digest[:12]:
-        raise FlexOlmoError(f"--centre: the anchor's row was made with {shown(theirs)}, this vector would be with "
-                            f"{embedder.name}@{embedder.digest[:12]}: expected the same embedder")
+    theirs, ours = anchor.card.experts[0].router, embedder_record(embedder.name, embedder.digest, embedder.reading)
+    if not same_embedder(theirs, ours):
+        raise FlexOlmoError(f"--centre: the anchor's row was made with {shown(_made_by(theirs))}, this vector would be "
+                            f"with {_made_by(ours)}: expected the same embedder that reads in the same way")
     rows = public_rows(anchor).numpy()
     return rows if (rows != rows[0]).any() else rows[:1]
 

@@ -27,9 +27,9 @@ PUBLIC = "public"
 
 MAX_CARD_BYTES = 16 * 1024 * 1024
 """Enough for a thousand experts with the longest texts."""
-ROUTER_FIELDS = {"embedder": str, "documents": int, "centred": bool, "discriminant": bool}
-"""How a router row was made: name of the embedder, number of documents whose embeddings were averaged, whether only
-their difference from the anchor's counted, and whether it began as a linear discriminant."""
+ROUTER_FIELDS = {"embedder": str, "reading": str, "documents": int, "centred": bool, "discriminant": bool}
+"""How a router row was made: name of the embedder, how it reads documents, number of documents whose embeddings were
+averaged, whether only their difference from the anchor's counted, and whether it began as a linear discriminant."""
 
 TUNED_MODEL = "model"
 """Folder of a run of router tuning that holds its result, a whole model."""

@@ -46,6 +46,7 @@ class AnchorEmbedder:
         model = dense.card.model
         self.digest = dense_digest
         self.max_tokens = max_tokens
+        self.reading = f"{max_tokens} tokens"
         self.tokenizer = load_tokenizer(dense.card.tokenizer)
         if self.tokenizer.vocab_size > model.vocab_size:
             raise FlexOlmoError(f"the anchor's tokenizer {self.tokenizer.spec} has {self.tokenizer.vocab_size} ids: "

@@ -72,7 +72,7 @@ def public_states(embedder: AnchorEmbedder, texts: Sequence[str], batch_size: in
     used = [text for text in texts if embedder.tokenizer.encode(text)]
     if not used:
         raise FlexOlmoError(f"none of {len(texts)} public documents has a token: expected at least one")
-    sample = SamplePass(used, batch_size, ("states", embedder.digest, embedder.max_tokens), resume)
+    sample = SamplePass(used, batch_size, ("states", embedder.digest, embedder.reading), resume)
     layers, hidden = embedder.gpt.config.num_layers, embedder.gpt.config.hidden_size
     sums = sample.sums or {"states": np.zeros((layers, hidden)), "products": np.zeros((layers, hidden, hidden))}
     mean_Lh, covariance_Lhh = (torch.from_numpy(sums[name]).to(embedder.device) for name in ("states", "products"))

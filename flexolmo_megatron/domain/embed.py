@@ -37,8 +37,8 @@ class Embedder(Protocol):
     """As in ``DomainVector.embedder``."""
     digest: str
     """As in ``DomainVector.embedder_digest``."""
-    max_tokens: int
-    """Tokens of a document that it reads."""
+    reading: str
+    """What decides an embedding beside the weights: how many tokens of a document it reads, its pooling and prompt."""
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Return float32 `[n, L, d]`, or `[n, 1, d]` where one embedding serves all layers."""
@@ -85,7 +85,7 @@ def mean_embedding(embedder: Embedder, texts: Sequence[str], batch_size: int, *,
     Raises:
         FlexOlmoError: there are no texts, or no embedding is finite.
     """
-    sample = SamplePass(texts, batch_size, (embedder.digest, embedder.max_tokens, privacy), resume)
+    sample = SamplePass(texts, batch_size, (embedder.digest, embedder.reading, privacy), resume)
     sums = sample.sums = {"embeddings": 0.0, "used": 0} | sample.sums
     for batch in sample:
         embeddings = embedder.embed(batch)
@@ -177,6 +177,7 @@ def domain_vector(
         moments=moments,
         embedder=embedder.name,
         embedder_digest=embedder.digest,
+        reading=embedder.reading,
         dense_digest=dense_digest,
         documents=len(texts) - dropped,
         dropped=dropped,

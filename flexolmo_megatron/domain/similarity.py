@@ -5,6 +5,7 @@ Legend: n vectors, L layers, h hidden size.
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from flexolmo_megatron.domain.vector import ARRAYS, DomainVector, load_vector
+from flexolmo_megatron.domain.vector import ARRAYS, DomainVector, load_vector, same_reading
 from flexolmo_megatron.errors import FlexOlmoError
 
 
 def comparable(one: DomainVector, other: DomainVector) -> bool:
-    """Whether the angle between two vectors means anything: same embedder, same anchor, same shape, both
-    centred or discriminants or neither."""
-    return _kind(one) == _kind(other)
+    """Whether the angle between two vectors means anything: same embedder that reads in the same way, same anchor,
+    same shape, both centred or discriminants or neither."""
+    return _kind(one) == _kind(other) and same_reading(one.reading, other.reading)
 
 
 def _kind(vector: DomainVector) -> tuple[Any, ...]:
@@ -103,7 +104,8 @@ def render_vectors(description: dict[str, Any]) -> Group:
             **one["privacy"])
         kind = ", discriminants" if one["discriminant"] else ", centred" * one["centred"]
         rows = f"{one['rows']} x {one['width']}{kind}"
-        values = (name, rows, f"{one['embedder']}@{one['embedder_digest'][:12]}",
+        reading = f", {one['reading']}" if one["reading"] else ""
+        values = (name, rows, f"{one['embedder']}@{one['embedder_digest'][:12]}{reading}",
                   one["dense_digest"][:12], f"{one['documents']:,}", f"{one['dropped']:,}", one["seed"],
                   f"{one['norm']:g}", noise or "none")
         listing.add_row(*(Text(str(value)) for value in values))
@@ -119,7 +121,8 @@ def render_vectors(description: dict[str, Any]) -> Group:
                  f"{found[key]:.4f}" if (key := (paths[min(row, column)], paths[max(row, column)])) in found else "-"
                  for column in range(len(names))]
         table.add_row(Text(name), *cells)
-    note = "- : vectors of different embedders, anchors or sizes, or of different kinds, cannot be compared"
+    note = ("- : vectors of different embedders, or of one that reads otherwise, of different anchors, sizes or kinds "
+            "cannot be compared")
     return Group(listing, Text(""), table, *([Text(note)] if description["incomparable_pairs"] else []))
 
 
@@ -132,9 +135,9 @@ def plot_vectors(paths: Sequence[str], out: str) -> None:
     from flexolmo_megatron.evaluation.plots import plot_domains
 
     vectors = [load_vector(path) for path in paths]
-    for path, vector in zip(paths, vectors, strict=True):
-        if not comparable(vectors[0], vector):
-            raise FlexOlmoError(f"{path} and {paths[0]} cannot be in one picture: expected the same embedder, anchor "
-                                "and size")
+    for (a, one), (b, other) in combinations(zip(paths, vectors, strict=True), 2):
+        if not comparable(one, other):
+            raise FlexOlmoError(f"{b} and {a} cannot be in one picture: expected the same embedder that reads in the "
+                                "same way, the same anchor and size")
     coordinates, shares = project(vectors)
     plot_domains(dict(zip(short_names(paths), coordinates.tolist(), strict=True)), shares, out)

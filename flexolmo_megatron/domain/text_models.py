@@ -14,6 +14,7 @@ import torch
 
 from flexolmo_megatron.convert.safetensors_io import as_bytes
 from flexolmo_megatron.domain.embed import display_name
+from flexolmo_megatron.domain.vector import MAX_NAME
 from flexolmo_megatron.errors import FlexOlmoError, first_line
 from flexolmo_megatron.exchange.digest import DTYPE_NAMES, digest_tensors
 from flexolmo_megatron.runtime.setup import local_device
@@ -42,6 +43,23 @@ def _weights_digest(model: torch.nn.Module) -> str:
     )
 
 
+def _reading(max_tokens: int, poolings: Sequence[str], prompt: str | None) -> str:
+    """As in ``Embedder.reading``."""
+    parts = [f"{max_tokens} tokens", *(f"{pooling} pooling" for pooling in poolings)]
+    return ", ".join([*parts, f"after {prompt!r}"] if prompt else parts)[:MAX_NAME]
+
+
+def _poolings(model: torch.nn.Module) -> list[str]:
+    """How the modules of a sentence-transformers model make one embedding of a text's tokens."""
+    found = []
+    for module in model.modules():
+        if hasattr(module, "get_pooling_mode_str"):  # releases up to 5.3
+            found.append(set(module.get_pooling_mode_str().split("+")))
+        elif modes := getattr(module, "pooling_mode", None):
+            found.append({modes} if isinstance(modes, str) else set(modes))
+    return ["+".join(sorted(modes)) for modes in found]
+
+
 class SentenceTransformerEmbedder:
     """A model that the sentence-transformers package loads, with the pooling that it brings."""
 
@@ -60,8 +78,10 @@ class SentenceTransformerEmbedder:
             self._model = SentenceTransformer(name, device=str(local_device()), trust_remote_code=False)
         except Exception as error:  # it passes on whatever its many readers raise
             raise _cannot_load(name, error) from error
-        self.max_tokens = self._model.max_seq_length = min(self._model.max_seq_length or max_tokens, max_tokens)
+        self._model.max_seq_length = min(self._model.max_seq_length or max_tokens, max_tokens)
         self.name = display_name(name)
+        self.reading = _reading(self._model.max_seq_length, _poolings(self._model),
+                                self._model.prompts.get(self._model.default_prompt_name))
         self.digest = _weights_digest(self._model)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -100,6 +120,7 @@ class GritLMEmbedder:
                                 "of GritLM's instruction")
         self.max_tokens = max_tokens
         self.name = display_name(name)
+        self.reading = _reading(max_tokens, ["mean"], GRITLM_INSTRUCTION)
         self.digest = _weights_digest(model)
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ MAX_NAME = 256
 
 _SHORTEST = 1e-9
 """Of a discriminant's row, and the inverse of the longest: far beyond what is of use, and safe to compute with."""
-_OPTIONS = {"privacy", "centred"}
-"""Metadata that the file of a vector without them does not have."""
+_OPTIONS = {"privacy", "centred", "reading"}
+"""Metadata that the file of a vector without them does not have; ``reading`` is not in files of early versions."""
 ARRAYS = ("vectors", "biases", "moments")
 """Fields of a vector that are arrays, the last two of discriminants alone; the others are its metadata."""
 _WHAT = "a domain vector that 'flexolmo embed' wrote"
@@ -66,6 +67,8 @@ class DomainVector:
     """The noise that was added before, if any; then ``documents`` counts what was not finite, too, as zeros."""
     centred: bool = False
     """Whether the rows are differences from the anchor's own rows, to which ``owner_router`` adds them."""
+    reading: str | None = None
+    """What decides an embedding beside the embedder's weights, see ``Embedder.reading``. None if that is not known."""
     biases: np.ndarray | None = None
     """Of linear discriminants (``discriminant.py``), which are centred: float32 `[L]`, at most 0. Otherwise None."""
 
@@ -82,8 +85,11 @@ class DomainVector:
         if not (1 <= vectors.shape[0] <= MAX_LAYERS and 1 <= vectors.shape[1] <= MAX_HIDDEN):
             raise FlexOlmoError(f"vectors have the shape {list(vectors.shape)}: expected 1 to {MAX_LAYERS} rows of 1 "
                                 f"to {MAX_HIDDEN} numbers")
-        if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME or not name.isprintable():
+        if not _is_name(name):
             raise FlexOlmoError(f"embedder = {shown(name)}: expected a printable name of 1 to {MAX_NAME} characters")
+        if self.reading is not None and not _is_name(self.reading):
+            raise FlexOlmoError(f"reading = {shown(self.reading)}: expected a printable text of 1 to {MAX_NAME} "
+                                "characters")
         for key in ("embedder_digest", "dense_digest"):
             check_digest(key, getattr(self, key))
         for key, smallest in (("documents", 1), ("dropped", 0), ("seed", 0)):
@@ -154,9 +160,29 @@ class DomainVector:
 
     def record(self) -> dict[str, Any]:
         """How the row was made, as a checkpoint's card (``ExpertRecord.router``) and an expert package store it."""
-        made = {"embedder": f"{self.embedder}@{self.embedder_digest[:12]}", "documents": self.documents}
+        made = {**embedder_record(self.embedder, self.embedder_digest, self.reading), "documents": self.documents}
         kind = {"discriminant": self.biases is not None, "centred": self.centred}
         return made | next(({name: True} for name, holds in kind.items() if holds), {})
+
+
+def embedder_record(name: str, digest: str, reading: str | None) -> dict[str, str]:
+    """What a record says of the embedder."""
+    return {"embedder": f"{name}@{digest[:12]}"} | ({"reading": reading} if reading else {})
+
+
+def same_reading(one: str | None, other: str | None) -> bool:
+    """Whether documents were read in the same way, as far as is known: early versions did not say."""
+    return None in (one, other) or one == other
+
+
+def same_embedder(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two records are of rows by the same embedder, whatever its name, that reads in the same way."""
+    digests = {str(record.get("embedder", "")).rpartition("@")[2] for record in (one, other)}
+    return len(digests) == 1 and same_reading(one.get("reading"), other.get("reading"))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and 1 <= len(value) <= MAX_NAME and value.isprintable()
 
 
 def save_vector(vector: DomainVector, path: str | os.PathLike) -> None:

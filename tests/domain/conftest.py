@@ -42,7 +42,7 @@ class FakeEmbedder:
 
     name = "fake"
     digest = "ab" * 32
-    max_tokens = 512
+    reading = "512 tokens"
 
     def __init__(self, rows: dict[str, np.ndarray]) -> None:
         self.rows = rows

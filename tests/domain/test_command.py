@@ -71,7 +71,7 @@ def test_rows_of_another_embedder_are_warned_about(docs, olmo2_dir, tmp_path, ca
     digest = load_vector(tmp_path / "a.npz").dense_digest
 
     class Other:
-        name, digest, max_tokens = "other", "ab" * 32, 512
+        name, digest, reading = "other", "ab" * 32, "512 tokens"
 
         def embed(self, texts):
             return np.ones((len(texts), 1, 5), np.float32)
@@ -80,8 +80,8 @@ def test_rows_of_another_embedder_are_warned_about(docs, olmo2_dir, tmp_path, ca
     flexolmo_embed(docs, "--anchor", tmp_path / "anchor", "--out", tmp_path / "b.npz", "--embedder", "other")
     captured = capsys.readouterr()
     assert captured.err.splitlines()[-1] == (
-        f"warning: the anchor's public row was made with anchor@{digest[:12]}, this vector with other@abababababab: "
-        "rows of different embedders have nothing to do with each other")
+        f"warning: the anchor's public row was made with anchor@{digest[:12]}, 512 tokens, this vector with "
+        "other@abababababab, 512 tokens: such rows have nothing to do with each other")
     line = captured.out.splitlines()[-1]
     assert line.startswith("cosine similarity with the public row, by layer: ") and len(line.split()) == 8 + 3
     assert load_vector(tmp_path / "b.npz").vectors.shape == (1, 32)
@@ -104,11 +104,14 @@ def test_centred_rows_are_added_to_the_anchors(docs, olmo2_dir, tmp_path, monkey
     with pytest.raises(FlexOlmoError, match="^a centred domain vector is a difference from an anchor's rows: expected"):
         publish_anchor(open_model(olmo2_dir), vector)
 
+    with pytest.raises(FlexOlmoError, match="512 tokens', this vector would be with anchor@.*, 4 tokens: expected"):
+        flexolmo_embed(*owner, tmp_path / "c.npz", "--centre", "--max-tokens", 4)
+
     class Other:
-        name, digest, max_tokens = "other", "ab" * 32, 512
+        name, digest, reading = "other", "ab" * 32, "512 tokens"
 
     monkeypatch.setattr("flexolmo_megatron.domain.embed.open_embedder", lambda *_: Other())
-    with pytest.raises(FlexOlmoError, match="this vector would be with other@abababababab: expected the same embedder"):
+    with pytest.raises(FlexOlmoError, match="this vector would be with other@abababababab, 512 tokens: expected the s"):
         flexolmo_embed(*owner, tmp_path / "c.npz", "--centre", "--embedder", "other")
 
 

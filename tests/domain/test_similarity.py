@@ -46,7 +46,19 @@ def test_table(files, capsys):
     assert ["news", "2", "x", "3", "anchor@abababababab", "cdcdcdcdcdcd", "1,000", "2", "7", "1", "none"] in lines
     law = " ".join(next(line for line in lines if line[:2] == ["law", "2"]))
     assert "2 8 1 epsilon 2, delta 1e-06, clip 1, sigma 0.00" in law
-    assert "- : vectors of different embedders, anchors or sizes, or of different kinds, cannot be" in printed
+    assert "- : vectors of different embedders, or of one that reads otherwise, of different" in printed
+
+
+def test_vectors_that_were_read_in_other_ways(files, tmp_path, capsys):
+    for name, reading in (("short", "4 tokens"), ("long", "512 tokens"), ("early", None)):
+        save_vector(vector([[1, 0, 0], [1, 0, 0]], reading=reading), tmp_path / f"{name}.npz")
+    paths = [str(tmp_path / f"{name}.npz") for name in ("early", "short", "long")]
+    assert cli.main(["inspect", *paths]) == 0
+    printed = capsys.readouterr().out
+    lines = [line.replace("│", " ").split() for line in printed.splitlines()]
+    assert ["short", "1.0000", "1", "-"] in lines and ["long", "1.0000", "-", "1"] in lines
+    assert cli.main(["inspect", *paths, "--plot", str(tmp_path / "no.png")]) == 2
+    assert f"{paths[2]} and {paths[1]} cannot be in one picture" in capsys.readouterr().err
 
 
 def test_json(files, capsys):
@@ -58,7 +70,8 @@ def test_json(files, capsys):
     assert pair["cosine"] == pytest.approx(0.5**1.5, abs=1e-6)
     assert description["vectors"][0] == {
         "path": files["news"], "rows": 2, "width": 3, "embedder": "anchor", **DIGESTS, "documents": 1000, "dropped": 2,
-        "seed": 7, "norm": 1.0, "privacy": None, "centred": False, "discriminant": False}
+        "seed": 7, "norm": 1.0, "privacy": None, "centred": False, "reading": None,
+        "discriminant": False}
 
 
 def test_one_vector_has_no_table_of_similarities(files, capsys):

@@ -31,6 +31,12 @@ class FakeSentenceTransformer(torch.nn.Module):
             raise OSError("no/such is not a model\nand a long explanation")
         self.weight = torch.nn.Parameter(torch.arange(8.0) + len(name))
         self.max_seq_length = 256
+        self.pooling = torch.nn.Module()
+        if "new" in name:
+            self.pooling.pooling_mode = ("mean", "cls")
+        else:
+            self.pooling.get_pooling_mode_str = lambda: "cls" if "cls" in name else "cls+mean"
+        self.prompts, self.default_prompt_name = {"query": "find: "}, "query" if "prompt" in name else None
 
     def encode(self, texts, *, batch_size, normalize_embeddings, convert_to_numpy, show_progress_bar):
         assert batch_size == len(texts) and convert_to_numpy and normalize_embeddings and not show_progress_bar
@@ -59,7 +65,15 @@ def test_sentence_transformers_model(sentence_transformers, dense):
     # One row for all layers, of the hidden size; a document whose embedding is not finite is left out.
     vector = domain_vector(embedder, ["abba", "hh", "zz"], hidden_size=32, dense_digest=DIGEST, seed=0)
     assert vector.vectors.shape == (1, 32) and (vector.documents, vector.dropped) == (2, 1)
-    assert vector.embedder_digest == embedder.digest
+    assert (vector.embedder_digest, vector.reading) == (embedder.digest, "64 tokens, cls+mean pooling")
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("cls", "64 tokens, cls pooling"), ("new", "64 tokens, cls+mean pooling"), ("old", "64 tokens, cls+mean pooling"),
+    ("old prompt", "64 tokens, cls+mean pooling, after 'find: '"),
+])
+def test_what_decides_an_embedding_beside_the_weights(sentence_transformers, name, expected):
+    assert SentenceTransformerEmbedder(name, 64).reading == expected
 
 
 def test_sentence_transformers_cannot_load(sentence_transformers):
@@ -122,6 +136,7 @@ def reference(directory, text, max_tokens):
 def test_gritlm_pools_the_documents_tokens_with_attention_in_both_directions(gritlm_dir, dense):
     embedder = open_embedder(str(gritlm_dir), dense, DIGEST, max_tokens=40)
     assert isinstance(embedder, GritLMEmbedder) and embedder.name == "GritLM-tiny"
+    assert embedder.reading == "40 tokens, mean pooling, after '<|embed|>\\n'"
     embeddings = embedder.embed(TEXTS)  # of different lengths, the last one cut
     assert embeddings.shape == (3, 1, 24) and embeddings.dtype == np.float32
     for embedding, text in zip(embeddings, TEXTS, strict=True):

@@ -70,7 +70,7 @@ MOMENTS = np.float32([[[-1, 0, 3, 4], [0, 0, 7, 1e5]], [[1, 1, 2, 1e-5], [1, 2, 
 
 @pytest.mark.parametrize("vector", [
     VECTOR,
-    replace(VECTOR, vectors=unit(1), embedder="GritLM/GritLM-7B"),
+    replace(VECTOR, vectors=unit(1), embedder="GritLM/GritLM-7B", reading="512 tokens, after '<|embed|>'"),
     replace(VECTOR, vectors=unit(2) * np.float32(0.25), norm=0.25, centred=True),
     DISCRIMINANT,
     replace(DISCRIMINANT, moments=MOMENTS),
@@ -95,6 +95,7 @@ def test_rows_and_record():
     one = replace(VECTOR, vectors=unit(1))
     assert np.array_equal(one.row(5), one.vectors[0])
     assert VECTOR.record() == {"embedder": "anchor@0a0a0a0a0a0a", "documents": 1000}
+    assert replace(VECTOR, reading="9 tokens").record() == {**VECTOR.record(), "reading": "9 tokens"}
     VECTOR.check_fits(3, 4, "v.npz")
     one.check_fits(32, 4, "v.npz")
     with pytest.raises(FlexOlmoError) as caught:
@@ -113,6 +114,7 @@ def test_rows_and_record():
     ({"norm": float("nan")}, r"^norm = nan: expected a number above 0$"),
     ({"embedder": ""}, r"^embedder = '': expected a printable name"),
     ({"embedder": "a\x1b[2J"}, r"^embedder = 'a\\x1b\[2J': expected a printable name"),
+    ({"reading": ""}, r"^reading = '': expected a printable text of 1 to 256 characters$"),
     ({"embedder_digest": "x"}, r"^embedder_digest = 'x': expected 64 lower-case hexadecimal digits$"),
     ({"dense_digest": None}, r"^dense_digest = None: expected 64"),
     ({"documents": 0}, r"^documents = 0: expected a whole number of at least 1$"),
