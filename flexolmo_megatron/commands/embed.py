@@ -135,10 +135,11 @@ def _check_targets(args: argparse.Namespace, anchor: "LazyModel") -> None:
 def _sample(args: argparse.Namespace, patterns: Sequence[str]) -> list[str]:
     from flexolmo_megatron.domain.sample import reservoir_sample
     from flexolmo_megatron.training.documents import BadDocuments, stream_documents
+    from flexolmo_megatron.training.progress import with_progress
 
     bad = BadDocuments(args.max_bad)
-    stream = stream_documents(patterns, args.text_key, bad)
-    texts = reservoir_sample((document.text for document in stream), args.documents, args.seed)
+    stream = (document.text for document in stream_documents(patterns, args.text_key, bad))
+    texts = reservoir_sample(with_progress(stream, lambda text: len(text.encode())), args.documents, args.seed)
     if bad.counts:
         print(f"skipped {bad.report()}", file=sys.stderr)
     if not texts:

@@ -54,6 +54,7 @@ from flexolmo_megatron.training.documents import (
     parse_record,
     read_records,
 )
+from flexolmo_megatron.training.progress import with_progress
 from flexolmo_megatron.training.tokenizer import load_tokenizer
 
 DEFAULT_DOCUMENTS = 50_000
@@ -204,7 +205,8 @@ def _sample(files: list[Path], options: ProxyOptions) -> list[str]:
                 yield path, line, raw
 
     # Records instead of texts, because parsing is most of the cost of reading a corpus.
-    chosen = reservoir_sample(records(), options.documents, options.seed)
+    shown = with_progress(records(), lambda record: len(record[2] or b""))
+    chosen = reservoir_sample(shown, options.documents, options.seed)
     parsed = (parse_record(path, line, raw, options.text_key) for path, line, raw in chosen)
     return [text for text in parsed if not isinstance(text, Bad)]
 

@@ -92,7 +92,7 @@ class EncoderClassifier:
         class_weights = (len(labels) / (2 * torch.bincount(labels, minlength=2))).to(self._device)
         order = torch.Generator().manual_seed(seed)
         model.train()
-        with DocumentProgress() as progress:
+        with DocumentProgress(options["epochs"] * len(texts)) as progress:
             for _ in range(options["epochs"]):
                 for batch in torch.randperm(len(texts), generator=order).split(size):
                     chosen = [texts[index] for index in batch.tolist()]

@@ -56,7 +56,7 @@ class SamplePass:
 
     def __iter__(self) -> Iterator[list[str]]:
         """Yield the batches that are left; before the next one ``sums`` must hold the last."""
-        with DocumentProgress() as progress:
+        with DocumentProgress(len(self._texts) - self._done) as progress:
             for start in range(self._done, len(self._texts), self._batch_size):
                 batch = self._texts[start : start + self._batch_size]
                 yield batch

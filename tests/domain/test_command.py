@@ -66,6 +66,15 @@ def test_batch_size_and_scale(docs, olmo2_dir, tmp_path):
     np.testing.assert_allclose(a.vectors, 2 * b.vectors, atol=1e-5)
 
 
+def test_progress_is_shown(docs, olmo2_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("flexolmo_megatron.training.progress.LOG_INTERVAL", 0)
+    flexolmo_embed(docs, "--anchor", olmo2_dir, "--out", tmp_path / "a.npz", "--documents", 20, "--batch-size", 10)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" MB,")[0].rsplit(",", 1)[0] for line in lines] == [
+        *(f"{number} documents" for number in range(1, 41)), "10 of 20 documents", "20 of 20 documents"]
+    assert lines[-1].endswith(" MB/s, 00:00 left")
+
+
 def test_rows_of_another_embedder_are_warned_about(docs, olmo2_dir, tmp_path, capsys, monkeypatch):
     flexolmo_embed(docs, "--anchor", olmo2_dir, "--out", tmp_path / "a.npz", "--publish", tmp_path / "anchor")
     digest = load_vector(tmp_path / "a.npz").dense_digest

@@ -162,6 +162,12 @@ def test_seed_decides(corpus):
     assert reports[0] == reports[1] != reports[2]
 
 
+def test_progress_of_sampling_is_shown(corpus, monkeypatch, capsys):
+    monkeypatch.setattr("flexolmo_megatron.training.progress.LOG_INTERVAL", 0)
+    run(corpus)
+    assert capsys.readouterr().err.count(" documents, ") >= 60 + 232  # a line for each; other passes look now and then
+
+
 def test_several_rounds_give_what_one_gives(corpus, monkeypatch):
     run(corpus, "--tokens", 9000, out="a")
     monkeypatch.setattr("flexolmo_megatron.domain.proxy_selection._ROUND_BYTES", 700)
