@@ -88,6 +88,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.out}: {proxies['documents']:,} proxies of {proxies['tokens']:,} tokens "
           f"({proxies['text_bytes'] / 1e6:,.1f} MB), of {report['public_documents']:,} public documents; lowest score "
           f"{proxies['lowest_score']:g}")
+    if proxies["highest_score"] < 0:
+        print("note: no public document looks like the owner's: the classifier takes all of these proxies for public "
+              "ones", file=sys.stderr)
     if proxies["exhausted"]:
         print("note: all public documents were taken before the budget was used, however little they look like the "
               "owner's", file=sys.stderr)

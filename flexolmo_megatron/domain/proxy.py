@@ -144,6 +144,10 @@ def select_proxies(owner: Sequence[str], public: Sequence[str], out: str | os.Pa
     state = ProxyState(out, _plan(options), {"owner files": owner_files, "public files": public_files})
     with kept_if_begun(state.folder):
         quality = state.quality()
+        if quality is None and options.classifier != LINEAR:
+            from flexolmo_megatron.domain.proxy_encoder import EncoderClassifier
+
+            EncoderClassifier.open(options.classifier, {"max_tokens": options.max_tokens})  # or refused before the work
         known, owner_skipped = _owner_signatures(state, owner_files, options)
         if quality is None:
             quality = _train(state, owner_files, public_files, options)
@@ -281,7 +285,8 @@ def _report(options: ProxyOptions, owner_documents: int, logits: np.ndarray, sel
         "proxies": {
             "documents": len(selection.documents), "tokens": selection.tokens, "text_bytes": selection.text_bytes,
             "token_budget": options.tokens, "tokenizer": tokenizer, "exhausted": selection.exhausted,
-            "lowest_score": round(float(chosen.min()), 4), "median_score": round(float(np.median(chosen)), 4),
+            "highest_score": round(float(chosen.max()), 4), "lowest_score": round(float(chosen.min()), 4),
+            "median_score": round(float(np.median(chosen)), 4),
         },
         "histogram": {
             "edges": _EDGES.tolist(), "public": _histogram(logits), "proxies": _histogram(chosen),

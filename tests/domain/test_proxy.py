@@ -73,9 +73,9 @@ def test_finds_what_looks_like_the_owners(corpus, capsys):
         with opener(corpus / "public" / name, "rt") as file:
             assert json.loads(file.readlines()[int(line) - 1])["text"] == one["text"]
     report = json.loads((corpus / "out" / "report.json").read_text())
-    assert report["proxies"] | {"lowest_score": 0, "median_score": 0} == {
+    assert report["proxies"] | {"highest_score": 0, "lowest_score": 0, "median_score": 0} == {
         "documents": 30, "tokens": budget, "text_bytes": budget - 30, "token_budget": budget,
-        "tokenizer": {"type": "byte"}, "exhausted": False, "lowest_score": 0, "median_score": 0}
+        "tokenizer": {"type": "byte"}, "exhausted": False, "highest_score": 0, "lowest_score": 0, "median_score": 0}
     assert report["duplicates"] == {"jaccard": 0.7, "shingle_words": 3, "permutations": 128, "copies_excluded": 1,
                                     "near_copies_excluded": 1}
     assert report["owner_documents"] == 60 and report["public_documents"] == 232
@@ -211,6 +211,15 @@ def test_bad_input_is_one_sentence(corpus, capsys):
     refuses("--tokens 10: expected at least ", "--tokens", 10, out="y")
     refuses(f"cannot load the tokenizer '{corpus}/public'", "--tokenizer", corpus / "public")
     assert not (corpus / "y").exists()
+
+
+def test_a_public_side_that_has_nothing_like_the_owners_is_said(corpus, capsys):
+    note = "note: no public document looks like the owner's: the classifier takes all of these proxies for public ones"
+    run(corpus, "--tokens", 2000, out="some")
+    assert note not in capsys.readouterr().err
+    write(corpus / "news.jsonl", UNLIKE)
+    run(corpus, "--tokens", 2000, "--public", corpus / "news.jsonl", out="none")
+    assert note in capsys.readouterr().err.splitlines()
 
 
 def test_a_start_that_did_nothing_does_not_bind(corpus, capsys):

@@ -69,7 +69,7 @@ def test_refusals(bert, tmp_path):
         EncoderClassifier.train(str(bert), DOCUMENTS, LABELS, **{**OPTIONS, "learning_rate": 1e38})
 
 
-def test_command(bert, tmp_path, capsys):
+def test_command(bert, tmp_path, capsys, monkeypatch):
     for name, documents in (("owner", texts(0, WORDS[:4], 40)),
                             ("public", texts(4, WORDS[:4], 10) + texts(1, WORDS[4:8], 90))):
         lines = [json.dumps({"text": f"{text} {number}"}) + "\n" for number, text in enumerate(documents)]
@@ -77,6 +77,12 @@ def test_command(bert, tmp_path, capsys):
     arguments = ["proxy", str(tmp_path / "owner.jsonl"), "--public", str(tmp_path / "public.jsonl"), "--tokens", "160",
                  "--classifier", str(bert), "--lr", "3e-3", "--epochs", "4", "--batch-size", "8", "--max-tokens", "16",
                  "--tokenizer", str(bert), "--workers", "1", "--out"]
+    with monkeypatch.context() as patch:
+        patch.setattr("flexolmo_megatron.domain.proxy.run_shards", None)  # both are refused before any work
+        for words, message in ((["--classifier", str(tmp_path)], "cannot load the classifier"),
+                               (["--max-tokens", "512"], "--max-tokens 512: expected at most the 32 that the class")):
+            assert cli.main([*arguments, str(tmp_path / "a"), *words]) == 2
+            assert f"flexolmo: {message}" in capsys.readouterr().err
     assert cli.main([*arguments, str(tmp_path / "a")]) == 0
     assert f"classifier {bert.name}: held-out accuracy" in capsys.readouterr().out
     assert cli.main([*arguments, str(tmp_path / "b")]) == 0
