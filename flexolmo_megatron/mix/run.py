@@ -54,8 +54,8 @@ def mix(recipe: Recipe, sources: Mapping[str, Sequence[str]], out: str | os.Path
     check_free(out)
     files = {name: find_files(patterns) for name, patterns in sources.items()}
     pipelines = {name: [spec.build() for spec in recipe.sources[name].filters] for name in files}
-    models = {f"model of {name}": [spec.model for spec in recipe.sources[name].filters if spec.model]
-              for name in files}
+    models = {f"model of {name}": found for name in files
+              if (found := [spec.model for spec in recipe.sources[name].filters if spec.model])}
     state = open_state(out, {"recipe": recipe.text, "text_key": text_key}, files | models)
     report: dict[str, Any] = {"format_version": FORMAT_VERSION, "recipe": recipe.name, "sources": {},
                               "absent": [name for name in recipe.sources if name not in files]}

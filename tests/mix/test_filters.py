@@ -113,6 +113,8 @@ def test_the_model_is_the_one_that_the_file_has_now(fasttext_model, tmp_path):
         with pytest.raises(FlexOlmoError, match=f"^the filter {name}: model {tmp_path}/m.bin cannot be loaded; expect"):
             tells(name)
     shutil.copy(fasttext_model, tmp_path / "m.bin")
+    spec = parse_filter("recipe x", {"language": {"model": str(tmp_path / "m.bin"), "languages": ["de"]}})
+    assert spec.model == tmp_path / "m.bin" and parse_filter("recipe x", "c4_quality").model is None
     assert tells("fasttext") is tells("language") is True
     swapped = Path(fasttext_model).read_bytes().replace(b"__label__de", b"__label__xx").replace(
         b"__label__en", b"__label__de").replace(b"__label__xx", b"__label__en")
