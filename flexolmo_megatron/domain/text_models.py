@@ -53,7 +53,7 @@ def _poolings(model: torch.nn.Module) -> list[str]:
     """How the modules of a sentence-transformers model make one embedding of a text's tokens."""
     found = []
     for module in model.modules():
-        if hasattr(module, "get_pooling_mode_str"):  # releases up to 5.3
+        if hasattr(module, "get_pooling_mode_str"):  # of 3.4, say; 6.2 has the other
             found.append(set(module.get_pooling_mode_str().split("+")))
         elif modes := getattr(module, "pooling_mode", None):
             found.append({modes} if isinstance(modes, str) else set(modes))
