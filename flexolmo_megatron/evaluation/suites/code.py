@@ -1,9 +1,12 @@
 """Running programs that a model has written: in a process of their own, with limits, yet not in a sandbox."""
 
+import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 SECONDS = 10
 """That a program may take."""
@@ -21,15 +24,25 @@ def _limit() -> None:
 def passes(program: str, seconds: float = SECONDS) -> bool:
     """Whether a Python program comes to its last line, within ``seconds``, and without an error.
 
-    It runs with an empty environment in a folder that is removed afterwards. It can still read what this user may read
-    and reach the network: run it in a container.
+    It runs with an empty environment in a folder that is removed afterwards; then processes that it has started are
+    killed, but for those of a session of their own. It can still read what this user may read and reach the network:
+    run it in a container.
     """
     program += f"\n__import__('os')._exit({_REACHED_ITS_END})\n"
     with tempfile.TemporaryDirectory() as folder:
         try:
-            done = subprocess.run([sys.executable, "-I", "-c", program], cwd=folder, env={}, timeout=seconds,
-                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                  preexec_fn=_limit, start_new_session=True)
-        except (subprocess.TimeoutExpired, OSError, ValueError):
+            process = subprocess.Popen([sys.executable, "-I", "-c", program], cwd=folder, env={},
+                                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                       preexec_fn=_limit, start_new_session=True)
+        except (OSError, ValueError):
             return False
-    return done.returncode == _REACHED_ITS_END
+        deadline = time.monotonic() + seconds
+        try:
+            # Without reaping it: until then no other group of processes can get its number.
+            while (os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+                   and time.monotonic() < deadline):
+                time.sleep(0.01)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            status = process.wait()
+    return status == _REACHED_ITS_END

@@ -1,7 +1,9 @@
 """Metrics and documents of the suite's own tasks, and the judge, by hand."""
 
+import fcntl
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -41,9 +43,26 @@ def test_programs_are_run_with_limits():
     assert passes("assert 1 + 1 == 2")
     assert not passes("import sys\nsys.exit(0)\nassert False") and not passes("def f(): return 5\n\nexit()")
     assert not passes("assert 1 + 1 == 3") and not passes("while True: pass", seconds=1) and not passes("x = (")
+    assert not passes("\0")
     (doc,) = DOCS["humaneval"]([{"prompt": "def f(x):\n", "test": "def check(g):\n    assert g(2) == 4",
                                  "entry_point": "f"}])
     assert code_passes(doc, [["    return x * x", "    return x"]]) == {"pass_at_1": 0.5}
+
+
+@pytest.mark.parametrize(("rest", "passed"), [("", True), ("assert False", False), ("while True: pass", False)])
+def test_no_process_outlives_its_program(tmp_path, rest, passed):
+    program = f"""
+import fcntl, os, time
+lock = os.open({str(tmp_path / 'lock')!r}, os.O_CREAT | os.O_RDWR)
+fcntl.flock(lock, fcntl.LOCK_EX)
+if not os.fork():
+    time.sleep(30)
+{rest}"""
+    assert passes(program, seconds=2) == passed
+    began = time.monotonic()
+    with (tmp_path / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # held until the last process that the program started has ended
+    assert time.monotonic() - began < 15
 
 
 def test_documents_of_sciriff():
