@@ -57,19 +57,20 @@ class SuiteOptions:
 
 
 def chosen_tasks(suite: Suite, names: Sequence[str]) -> list[str]:
-    """The tasks of the suite's groups that ``names`` (groups and tasks; empty for all) choose.
+    """The tasks of the suite's groups that ``names`` (groups and tasks, in any case; empty for all) choose.
 
     Raises:
         FlexOlmoError: an unknown name.
     """
     everything = [task for tasks in suite.groups.values() for task in tasks]
-    known = {group.lower(): tasks for group, tasks in suite.groups.items()} | {task: [task] for task in everything}
+    known = suite.groups | {task: [task] for task in everything}
+    in_any_case = {name.lower(): tasks for name, tasks in known.items()} | known
     for name in names:
-        if name.lower() not in known:
+        if name.lower() not in in_any_case:
             shown = [*suite.groups, *everything]
             raise FlexOlmoError(f"--tasks {name}: the suite has no such group or task{nearest(name, shown)}: expected "
                                 f"some of {', '.join(shown)}")
-    wanted = {task for name in names for task in known[name.lower()]}
+    wanted = {task for name in names for task in in_any_case.get(name) or in_any_case[name.lower()]}
     return [task for task in everything if not names or task in wanted]
 
 

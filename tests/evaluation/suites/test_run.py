@@ -132,6 +132,14 @@ def test_standard_errors_and_data_that_has_changed(models, data, tmp_path, capsy
     assert "file already exists and holds no run of a suite" in capsys.readouterr().err
 
 
+def test_tasks_may_be_named_in_any_case():
+    suite = load_suite()
+    suite.tasks["MyTask"] = suite.tasks["mytask"] = suite.tasks["arc_easy"]
+    suite.groups["Mine"] = ["MyTask", "mytask"]
+    assert chosen_tasks(suite, ["MyTask"]) == ["MyTask"] and chosen_tasks(suite, ["mytask"]) == ["mytask"]
+    assert chosen_tasks(suite, ["mine"]) == ["MyTask", "mytask"] and chosen_tasks(suite, ["ARC_easy"]) == ["arc_easy"]
+
+
 def test_means_of_parts_and_code(models, data, tmp_path):
     options = SuiteOptions(["mbpp", "Math2"], data=data, run_code=True)
     suite = load_suite()
