@@ -9,8 +9,9 @@ _EXAMPLES = """\
 examples:
   flexolmo suite --model merged=merged --model 'no code=merged@-code' --out suite
   flexolmo suite --model merged=merged --tasks MC9 MMLU gsm8k --limit 100 --out suite
-  flexolmo suite --model merged=merged --tasks NewsG PoemG --out suite_judged \\
+  flexolmo suite --model merged=merged --model 'no code=merged@-code' --out suite --run-code \\
     --judge-url http://localhost:8000/v1 --judge-model meta-llama/Llama-3.3-70B-Instruct
+    # adds Code4, NewsG and PoemG to the first line's results: the average is over all groups
 local data: --data DIR reads DIR/TASK/SPLIT.jsonl (.jsonl.gz, .parquet), with the data set's own columns, for instance
   DIR/arc_easy/train.jsonl, DIR/arc_easy/test.jsonl or DIR/mmlu/mmlu_anatomy/dev.jsonl
 """
@@ -23,11 +24,12 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         description="Run models on the paper's tasks (MC9, GEN5, MMLU, MMLU-Pro, AGIEval, BBH, Math2, NewsG, PoemG,\n"
                     "SciRIFF5, Code4) and print the table of group averages, in percent, higher is better. Writes\n"
                     "results.json (with standard errors, and where each task differs from the published evaluation)\n"
-                    "and results.md. The same command goes on with a run that was interrupted.",
+                    "and results.md. The same command goes on with a run that was interrupted; --tasks, --run-code\n"
+                    "and --judge-url may come later, and what was scored is kept.",
         epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_candidates_option(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR",
-                        help="folder for the results: new, or that of an interrupted run with the same settings")
+                        help="folder for the results: new, or that of an earlier run with the same settings")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="groups and tasks to run (default: all)")
     parser.add_argument("--suite", type=Path, metavar="FILE", help="another suite, in the form of suites/paper.yaml")
     parser.add_argument("--limit", type=int, default=1000, metavar="N",

@@ -114,7 +114,12 @@ class _Done:
     def __init__(self, out: Path, setup: dict[str, Any], data: Path | None) -> None:
         self._folder, self._data = out / "tasks", data
         if (out / SETUP).exists():
-            check_same_settings(out, "a run", read_json(out / SETUP, "the settings of a suite's run"), setup)
+            before = read_json(out / SETUP, "the settings of a suite's run")
+            if isinstance(before, dict) and None in (before.get("judge"), setup["judge"]):
+                # Without a judge no judged task is run: it may come with a later start, as --run-code may.
+                judge = {"judge": before.get("judge") or setup["judge"]}
+                before, setup = before | judge, setup | judge
+            check_same_settings(out, "a run", before, setup)
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FlexOlmoError(f"{out} already exists and holds no run of a suite; name a new directory")
         self._folder.mkdir(parents=True, exist_ok=True)

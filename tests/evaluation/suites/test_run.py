@@ -160,11 +160,31 @@ def test_means_of_parts_and_code(models, data, tmp_path):
 class SomeJudge(Judge):
     """Half of all points, and remembers what it was asked."""
 
-    asked: list = []
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.asked = []
 
     def score(self, kind, reference, generated, about=""):
         self.asked.append((kind, reference, list(generated)))
         return [0.25 if index % 2 else 0.75 for index in range(len(generated))]
+
+
+def test_a_judge_may_come_later(models, data, tmp_path):
+    def start(judge: str | None, *tasks: str) -> dict:
+        options = SuiteOptions(tasks, limit=1, data=data, judge=judge and SomeJudge("http://nowhere", judge))
+        results = run_suite(suite, [Candidate("m", models["merged"])], tmp_path / "out", options)
+        return results.scores["m"]
+
+    data = shutil.copytree(data, tmp_path / "data")
+    articles = [{"text": " ".join(f"{name}{index}" for index in range(36))} for name in "abcdef"]
+    write(data, "news_generation", retain1=articles[:5], forget=articles[5:])
+    suite = load_suite()
+    suite.tasks["news_generation"].config["generation_kwargs"] |= {"max_gen_toks": 6}
+    assert set(start(None, "arc_easy", "NewsG")) == {"arc_easy"}
+    assert set(start("some", "arc_easy", "NewsG")) == {"arc_easy", "news_generation"}
+    assert set(start(None, "arc_easy", "NewsG")) == {"arc_easy"}
+    with pytest.raises(FlexOlmoError, match="holds a run with judge = some, and this one has other"):
+        start("other", "arc_easy", "NewsG")
 
 
 def test_judged_tasks_and_papers(models, data, tmp_path):
