@@ -106,11 +106,8 @@ class HarnessModel(TemplateLM):
                   disable=True if disable_tqdm else None) as bar:
             for members in groups.values():
                 settings = requests[members[0]].args[1]
-                sampling, until = self._sampling(settings)
-                room = self.max_length - sampling.max_new_tokens
-                if room < 1:
-                    raise FlexOlmoError(f"a task asks for {sampling.max_new_tokens} new tokens, the model takes "
-                                        f"sequences of {self.max_length}: expected at least one token less")
+                sampling, until = _sampling(settings)
+                room = prompt_room(settings, self.max_length)
                 members.sort(key=lambda index: len(requests[index].args[0]))
                 for start in range(0, len(members), self.batch_size):
                     batch = members[start:start + self.batch_size]
@@ -129,14 +126,27 @@ class HarnessModel(TemplateLM):
                     bar.update(len(batch))
         return answers
 
-    @staticmethod
-    def _sampling(settings: dict[str, Any]) -> tuple[Sampling, list[str]]:
-        until = settings.get("until") or []
-        temperature = float(settings.get("temperature") or 0.0)
-        if settings.get("do_sample") is False:
-            temperature = 0.0
-        elif settings.get("do_sample") and "temperature" not in settings:
-            temperature = 1.0
-        sampling = Sampling(int(settings.get("max_gen_toks", _DEFAULT_NEW_TOKENS)), temperature,
-                            int(settings.get("top_k", 0)), float(settings.get("top_p", 1.0)))
-        return sampling, [until] if isinstance(until, str) else list(until)
+
+def _sampling(settings: dict[str, Any]) -> tuple[Sampling, list[str]]:
+    until = settings.get("until") or []
+    temperature = float(settings.get("temperature") or 0.0)
+    if settings.get("do_sample") is False:
+        temperature = 0.0
+    elif settings.get("do_sample") and "temperature" not in settings:
+        temperature = 1.0
+    sampling = Sampling(int(settings.get("max_gen_toks", _DEFAULT_NEW_TOKENS)), temperature,
+                        int(settings.get("top_k", 0)), float(settings.get("top_p", 1.0)))
+    return sampling, [until] if isinstance(until, str) else list(until)
+
+
+def prompt_room(settings: dict[str, Any], max_length: int) -> int:
+    """Tokens of a prompt, at most, beside the new ones that a task's ``generation_kwargs`` ask for.
+
+    Raises:
+        FlexOlmoError: there are none in a sequence of ``max_length`` tokens.
+    """
+    new_tokens = _sampling(settings)[0].max_new_tokens
+    if new_tokens >= max_length:
+        raise FlexOlmoError(f"a task asks for {new_tokens} new tokens, the model takes sequences of {max_length}: "
+                            "expected at least one token less")
+    return max_length - new_tokens

@@ -1,6 +1,7 @@
 """A suite of tasks, read from YAML, and its tasks as lm-evaluation-harness wants them."""
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -128,6 +129,18 @@ def load_suite(path: Path = PAPER) -> Suite:
     return suite
 
 
+class _Splits(dict):
+    """The splits of a task's folder; one that is not there is named as the file that was expected."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, split: str) -> None:
+        raise FlexOlmoError(f"{self.folder / split}.jsonl is missing (there are splits {', '.join(self)}): expected a "
+                            "file for each split that the task uses")
+
+
 def _local_data(name: str, folder: Path | None) -> Callable[..., dict] | None:
     """What reads the splits of task ``name`` from ``folder``/``name``, if that exists."""
     if folder is None or not (folder / name).is_dir():
@@ -142,7 +155,7 @@ def _local_data(name: str, folder: Path | None) -> Callable[..., dict] | None:
 
         import datasets
 
-        splits = {}
+        splits = _Splits(folder / name)
         for split, path in files.items():
             try:
                 if is_parquet(path):
@@ -170,14 +183,19 @@ def build_task(name: str, task: SuiteTask, file: Path | None, data: Path | None,
         judge: for the tasks that need one.
 
     Raises:
-        FlexOlmoError: the data set cannot be loaded, or does not fit the task.
+        FlexOlmoError: the data set cannot be loaded, or does not fit the task; a package that it needs is missing.
     """
     import datasets
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if file is not None:
-        config = {key: value for key, value in load_yaml(file).items() if key not in ("tag", "group", "task_list")}
+        try:
+            given = load_yaml(file)
+        except ImportError as error:  # of the Python beside the harness's file
+            raise FlexOlmoError(f"task {name}: {file} needs a package that is not installed, or another version of it "
+                                f"({first_line(error)}); --tasks chooses others") from error
+        config = {key: value for key, value in given.items() if key not in ("tag", "group", "task_list")}
         config.update(task.overrides)
     else:
         config = dict(task.config or {})
@@ -189,8 +207,16 @@ def build_task(name: str, task: SuiteTask, file: Path | None, data: Path | None,
     config["task"] = name
     if read := _local_data(name, data):
         config["custom_dataset"] = read
+
+    class Task(ConfigurableTask):
+        def build_all_requests(self, **options: Any) -> None:
+            try:
+                super().build_all_requests(**options)
+            except Exception as error:  # whatever a template raises on a document; the model has no part in it
+                raise _misfit(self, "its prompts cannot be made", error) from error
+
     try:
-        built = ConfigurableTask(config=config)
+        built = Task(config=config)
         built.set_fewshot_seed(1234)  # as lm_eval's command line does
         return built
     except FlexOlmoError:
@@ -199,3 +225,46 @@ def build_task(name: str, task: SuiteTask, file: Path | None, data: Path | None,
         where = "" if data is None else f"{data / name} or "
         raise FlexOlmoError(f"task {name}: its data {config.get('dataset_path')} cannot be used ({first_line(error)}): "
                             f"expected it in {where}at Hugging Face; --data names a folder of local copies") from error
+
+
+def _misfit(built: "ConfigurableTask", what: str, error: Exception) -> FlexOlmoError:
+    return FlexOlmoError(f"task {built.config.task}: {what} ({type(error).__name__}: {first_line(error)}): expected "
+                         f"documents in the form of {built.config.dataset_path}")
+
+
+def check_documents(built: "ConfigurableTask", limit: int | None) -> None:
+    """Find in a task's data, without a model, what would stop it half-way or be counted as a wrong answer.
+
+    Of shots that are drawn at random only the first are looked at: most of a large split is never drawn.
+
+    Args:
+        built: see ``build_task``.
+        limit: documents that are asked, at most; None for all.
+
+    Raises:
+        FlexOlmoError: there are too few documents for the shots, the task's templates do not fit a document, or a
+            document's answer is none of its choices.
+    """
+    config, shot = built.config, built.fewshot_cfg
+    asked = config.test_split or config.validation_split
+    one_answer = config.output_type == "multiple_choice" and not built.multiple_input
+
+    def check(split: str, docs: Iterable[dict], form: Any) -> None:
+        for number, doc in enumerate(docs, 1):
+            try:
+                built.doc_to_text(doc, form.doc_to_text)
+                target = built.doc_to_target(doc, form.doc_to_target)
+                if one_answer and isinstance(target, int | str):
+                    choices = built.doc_to_choice(doc, form.doc_to_choice)
+                    if target not in (range(len(choices)) if isinstance(target, int) else choices):
+                        raise ValueError(f"the answer {target!r} is none of {len(choices)} choices")
+            except Exception as error:  # as in build_all_requests
+                raise _misfit(built, f"document {number} of its {split} split does not fit", error) from error
+
+    if shots := config.num_fewshot:
+        needed = shots + (shot.split == config.test_split)  # then the harness leaves out the document that is asked
+        if (there := len(built.sampler.df)) < needed:
+            raise FlexOlmoError(f"task {config.task}: its {shot.split or asked} split has {there} documents: expected "
+                                f"at least {needed}, since {shots} come before each question")
+        check(shot.split or asked, built.sampler.df[:needed], shot)
+    check(asked, itertools.islice(built.task_docs, limit), config)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
+from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.errors import FlexOlmoError, nearest
 from flexolmo_megatron.evaluation.candidates import Candidate, candidate_settings, check_candidates, file_stamp
 from flexolmo_megatron.evaluation.settings import check_same_settings
 from flexolmo_megatron.evaluation.suites.judge import Judge
-from flexolmo_megatron.evaluation.suites.load import Suite, SuiteTask, build_task, harness_tasks
+from flexolmo_megatron.evaluation.suites.load import Suite, SuiteTask, build_task, check_documents, harness_tasks
 from flexolmo_megatron.evaluation.suites.results import SuiteResults, TaskScore, mean_score
 from flexolmo_megatron.files import read_json, write_json
 from flexolmo_megatron.inference.model import free_memory, load_model
@@ -84,6 +86,10 @@ def _missing(suite: Suite, name: str, options: SuiteOptions) -> str | None:
     return None
 
 
+def _limit(task: SuiteTask, limit: int | None) -> int | None:
+    return min((number for number in (limit, task.limit) if number is not None), default=None)
+
+
 def score_task(lm: "LM", name: str, task: SuiteTask, built: "ConfigurableTask", limit: int | None) -> TaskScore:
     """Run one task of the harness.
 
@@ -93,8 +99,7 @@ def score_task(lm: "LM", name: str, task: SuiteTask, built: "ConfigurableTask", 
     from lm_eval.evaluator import evaluate
 
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork for a bootstrap, beside CUDA
-    limits = [number for number in (limit, task.limit) if number is not None]
-    found = evaluate(lm=lm, task_dict={"tasks": {name: built}}, limit=min(limits, default=None),
+    found = evaluate(lm=lm, task_dict={"tasks": {name: built}}, limit=_limit(task, limit),
                      bootstrap_iters=_BOOTSTRAP_SAMPLES, log_samples=False, confirm_run_unsafe_code=False)
     values = {key: value for key, value in found["results"][name].items() if key.partition(",")[0] == task.metric}
     key = next((key for key in values if task.filter in (None, key.partition(",")[2])), None)
@@ -122,8 +127,12 @@ class _Done:
             check_same_settings(out, "a run", before, setup)
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FlexOlmoError(f"{out} already exists and holds no run of a suite; name a new directory")
+        self._setup = setup
+
+    def begin(self) -> None:
+        """Make the folder; nothing is written before."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_json(out / SETUP, setup)
+        write_json(self._folder.parent / SETUP, self._setup)
 
     def _path(self, model: str, leaf: str, task: SuiteTask) -> Path:
         # With what the task is: the user may have changed the suite's file, or the task's data, since.
@@ -143,6 +152,37 @@ class _Done:
         write_json(self._path(model, leaf, task), {"model": model, "task": leaf, **asdict(score)})
 
 
+def _check_tasks(suite: Suite, names: Sequence[str], candidates: Sequence[Candidate], options: SuiteOptions,
+                 done: _Done) -> None:
+    """Find, before any model is loaded, what would stop a task that some candidate still lacks; keeps no data set.
+
+    Raises:
+        FlexOlmoError: a task's data is missing or does not fit it, a model's sequences are too short, the judge does
+            not answer.
+    """
+    from flexolmo_megatron.evaluation.suites.language_model import prompt_room
+
+    lengths = {candidate.name: open_model(candidate.path).card.model.max_position_embeddings
+               for candidate in candidates}
+    judged = False
+    for leaf, task, file in tqdm([leaf for name in names for leaf in suite.leaves(name)], "checking tasks",
+                                 unit=" tasks", leave=False, disable=None):
+        lacking = [candidate.name for candidate in candidates if done.get(candidate.name, leaf, task) is None]
+        if not lacking:
+            continue
+        built = build_task(leaf, task, file, options.data, options.judge)
+        check_documents(built, _limit(task, options.limit))
+        if built.config.output_type == "generate_until":
+            for name in lacking:
+                try:
+                    prompt_room(built.config.generation_kwargs, lengths[name])
+                except FlexOlmoError as error:
+                    raise FlexOlmoError(f"{name} on {leaf}: {error}") from None
+        judged |= task.needs == "judge"
+    if judged and options.judge is not None:
+        options.judge.ask("Answer with one word: ready.")
+
+
 def run_suite(suite: Suite, candidates: Sequence[Candidate], out: Path, options: SuiteOptions) -> SuiteResults:
     """Run a suite; reports each score on standard error as it comes.
 
@@ -153,7 +193,8 @@ def run_suite(suite: Suite, candidates: Sequence[Candidate], out: Path, options:
         options: how to run.
 
     Raises:
-        FlexOlmoError: see ``chosen_tasks``, ``build_task``, ``load_model`` and ``Judge``; ``out`` holds other results.
+        FlexOlmoError: see ``chosen_tasks``, ``build_task``, ``check_documents``, ``prompt_room``, ``load_model`` and
+            ``Judge``; ``out`` holds other results.
     """
     harness_tasks()
     from flexolmo_megatron.evaluation.suites.language_model import HarnessModel
@@ -173,6 +214,8 @@ def run_suite(suite: Suite, candidates: Sequence[Candidate], out: Path, options:
         **candidate_settings(candidates),
     }
     done = _Done(out, setup, options.data)
+    _check_tasks(suite, names, candidates, options, done)
+    done.begin()
     scores: dict[str, dict[str, TaskScore]] = {candidate.name: {} for candidate in candidates}
     for path in dict.fromkeys(candidate.path for candidate in candidates):
         model = load_model(path, getattr(torch, options.dtype), anchor=options.anchor, rows=options.rows)

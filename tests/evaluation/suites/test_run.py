@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import sys
 
 import pytest
 
@@ -164,6 +165,10 @@ class SomeJudge(Judge):
         super().__init__(*arguments)
         self.asked = []
 
+    def ask(self, prompt):
+        if self.model == "dead":
+            raise FlexOlmoError("the judge gave no answer")
+
     def score(self, kind, reference, generated, about=""):
         self.asked.append((kind, reference, list(generated)))
         return [0.25 if index % 2 else 0.75 for index in range(len(generated))]
@@ -185,6 +190,10 @@ def test_a_judge_may_come_later(models, data, tmp_path):
     assert set(start(None, "arc_easy", "NewsG")) == {"arc_easy"}
     with pytest.raises(FlexOlmoError, match="holds a run with judge = some, and this one has other"):
         start("other", "arc_easy", "NewsG")
+    with pytest.raises(FlexOlmoError, match="the judge gave no answer"):
+        run_suite(suite, [Candidate("m", models["merged"])], tmp_path / "dead", SuiteOptions(
+            ["arc_easy", "NewsG"], data=data, judge=SomeJudge("http://nowhere", "dead")))
+    assert not (tmp_path / "dead").exists()
 
 
 def test_judged_tasks_and_papers(models, data, tmp_path):
@@ -221,7 +230,7 @@ def test_averages_by_hand():
         "| model | MC9 | GEN5 | MMLU | MMLU-Pro | AGIEval | BBH | Math2 | NewsG | PoemG | SciRIFF5 | Code4 | Avg. |")
 
 
-def test_what_is_refused(models, data, tmp_path):
+def test_what_is_refused(models, data, tmp_path, monkeypatch):
     suite = load_suite()
     message = "--tasks arc_eazy: the suite has no such group or task (did you mean 'arc_easy'?): expected some of MC9"
     with pytest.raises(FlexOlmoError, match=re.escape(message)):
@@ -239,6 +248,69 @@ def test_what_is_refused(models, data, tmp_path):
     write(data, "csqa", train=[{"other": 1}], validation=[{"other": 1}])
     with pytest.raises(FlexOlmoError, match="task csqa: its data tau/commonsense_qa cannot be used"):
         run_suite(suite, [Candidate("m", models["merged"])], tmp_path / "c", SuiteOptions(["csqa"], data=data))
+    monkeypatch.setitem(sys.modules, "transformers.data.metrics", None)  # as in transformers 5
+    with pytest.raises(FlexOlmoError, match="task coqa/default: .* needs a package that is not installed, or another"):
+        run_suite(suite, [Candidate("m", models["merged"])], tmp_path / "d", SuiteOptions(["coqa"]))
+
+
+def cut(name: str, split: str, rows: int):
+    """Leave a split of a task with its first rows alone."""
+    def change(data):
+        file = data / name / f"{split}.jsonl"
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:rows]))
+    return change
+
+
+def answer(split: str, key: str):
+    """Give the last row of arc_easy another answer."""
+    def change(data):
+        file = data / "arc_easy" / f"{split}.jsonl"
+        *rows, last = map(json.loads, file.read_text().splitlines())
+        file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, last | {"answerKey": key}]))
+    return change
+
+
+def winogrande(data):
+    row = {"sentence": "_ a", "option1": "x", "option2": "y"}
+    write(data, "winogrande", train=[row | {"answer": "1"}] * 5, validation=[row | {"answer": key} for key in "13"])
+
+
+@pytest.mark.parametrize(("tasks", "change", "message"), [
+    ("arc_easy", answer("test", "Z"), "task arc_easy: document 6 of its test split does not fit (ValueError: 'Z' is "
+                                      "not in list): expected documents in the form of allenai/ai2_arc"),
+    ("arc_easy", answer("train", "Z"), "task arc_easy: document 5 of its train split does not fit (ValueError: 'Z'"),
+    ("arc_easy", answer("train", None), "task arc_easy: document 5 of its train split does not fit (ValueError: None"),
+    ("arc_easy winogrande", winogrande, "task winogrande: document 2 of its validation split does not fit (ValueError: "
+                                        "the answer 2 is none of 2 choices)"),
+    ("arc_easy", cut("arc_easy", "train", 2), "task arc_easy: its train split has 2 documents: expected at least 5, "
+                                              "since 5 come before each question"),
+    ("arc_easy", lambda data: (data / "arc_easy" / "train.jsonl").unlink(),
+     "arc_easy/train.jsonl is missing (there are splits test): expected a file for each split that the task uses"),
+    ("arc_easy math_algebra", None, "m on math_algebra: a task asks for 1024 new tokens, the model takes sequences of"),
+])
+def test_unusable_tasks_are_found_before_the_first_is_scored(models, data, tmp_path, capsys, monkeypatch, tasks, change,
+                                                             message):
+    from flexolmo_megatron.evaluation.suites import run
+
+    monkeypatch.setattr(run, "score_task", lambda *_: pytest.fail("a task was scored"))
+    suite = tmp_path / "suite.yaml"  # in which math_algebra may be chosen
+    suite.write_text(PAPER.read_text().replace("Math2: [", "Math2: [math_algebra, "))
+    if change:
+        data = shutil.copytree(data, tmp_path / "data")
+        change(data)
+    assert main(["suite", "--model", f"m={models['merged']}", "--data", str(data), "--suite", str(suite), "--tasks",
+                 *tasks.split(), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_shots_that_are_drawn_at_random_and_do_not_fit(models, data, tmp_path):
+    data = shutil.copytree(data, tmp_path / "data")
+    (data / "arc_easy" / "train.jsonl").write_text("".join(
+        json.dumps(arc(index) | {"answerKey": "ABCD"[index % 4] if index < 5 else "Z"}) + "\n" for index in range(40)))
+    suite = load_suite()
+    suite.tasks["arc_easy"].config["fewshot_config"] = {"sampler": "default"}
+    with pytest.raises(FlexOlmoError, match=re.escape("task arc_easy: its prompts cannot be made (ValueError: 'Z' is")):
+        run_suite(suite, [Candidate("m", models["merged"])], tmp_path / "out", SuiteOptions(["arc_easy"], data=data))
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
