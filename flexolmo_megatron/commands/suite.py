@@ -23,9 +23,10 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "suite", help="the paper's 31 tasks, over lm-evaluation-harness",
         description="Run models on the paper's tasks (MC9, GEN5, MMLU, MMLU-Pro, AGIEval, BBH, Math2, NewsG, PoemG,\n"
                     "SciRIFF5, Code4) and print the table of group averages, in percent, higher is better. Writes\n"
-                    "results.json (with standard errors, and where each task differs from the published evaluation)\n"
-                    "and results.md. The same command goes on with a run that was interrupted; --tasks, --run-code\n"
-                    "and --judge-url may come later, and what was scored is kept.",
+                    "results.json (with standard errors, how many contexts were too long for the model, and where\n"
+                    "each task differs from the published evaluation) and results.md. The same command goes on with\n"
+                    "a run that was interrupted; --tasks, --run-code and --judge-url may come later, and what was\n"
+                    "scored is kept.",
         epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_candidates_option(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR",

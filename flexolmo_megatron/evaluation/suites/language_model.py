@@ -38,6 +38,8 @@ class HarnessModel(TemplateLM):
         """
         super().__init__()
         self.model, self.experts, self.batch_size, self.seed = model, experts, batch_size, seed
+        self.truncated = 0
+        """Requests so far whose context has lost its beginning, since the model takes no longer sequences."""
 
     @property
     def eot_token_id(self) -> int:
@@ -64,7 +66,9 @@ class HarnessModel(TemplateLM):
             if len(continuation) > self.max_length:
                 raise FlexOlmoError(f"a task asks for the likelihood of {len(continuation)} tokens at once: the model "
                                     f"takes {self.max_length}")
-            inputs[tuple((context + continuation)[-(self.max_length + 1):][:-1])].append(index)
+            tokens = context + continuation
+            self.truncated += len(tokens) > self.max_length + 1
+            inputs[tuple(tokens[-(self.max_length + 1):][:-1])].append(index)
         ordered = sorted(inputs, key=len, reverse=True)
         for start in tqdm(range(0, len(ordered), self.batch_size), "log-likelihoods", unit=" batches", leave=False,
                           disable=True if disable_tqdm else None):
@@ -111,8 +115,9 @@ class HarnessModel(TemplateLM):
                 members.sort(key=lambda index: len(requests[index].args[0]))
                 for start in range(0, len(members), self.batch_size):
                     batch = members[start:start + self.batch_size]
-                    prompts = [self.tok_encode(requests[index].args[0])[-room:] or [self.eot_token_id]
-                               for index in batch]
+                    prompts = [self.tok_encode(requests[index].args[0]) or [self.eot_token_id] for index in batch]
+                    self.truncated += sum(len(prompt) > room for prompt in prompts)
+                    prompts = [prompt[-room:] for prompt in prompts]
                     seeds = []
                     for index in batch:
                         text = requests[index].args[0]

@@ -21,6 +21,9 @@ class TaskScore:
     stderr: float | None
     """Its standard error over documents, in percent; None where the harness gives none."""
     documents: int
+    truncated: int = 0
+    """Requests (one per choice of a document, or per sample) whose context was longer than the model's sequences, and
+    lost its beginning."""
 
 
 def mean_score(scores: list[TaskScore]) -> TaskScore:
@@ -28,7 +31,7 @@ def mean_score(scores: list[TaskScore]) -> TaskScore:
     errors = [score.stderr for score in scores]
     stderr = None if None in errors else math.sqrt(math.fsum(error**2 for error in errors)) / len(scores)
     return TaskScore(math.fsum(score.score for score in scores) / len(scores), stderr,
-                     sum(score.documents for score in scores))
+                     sum(score.documents for score in scores), sum(score.truncated for score in scores))
 
 
 @dataclass
@@ -85,7 +88,9 @@ class SuiteResults:
         run = [task for task in self.suite.tasks if any(task in row for row in self.scores.values())]
         lines += number_table(["task", *self.scores],
                               ([task, *(number(row.get(task)) for row in self.scores.values())] for task in run))
-        lines += ["", *(f"Not run: {task} ({reason})." for task, reason in self.skipped.items()), ""]
+        lines += ["", *(f"Not run: {task} ({reason})." for task, reason in self.skipped.items()),
+                  *(f"Contexts too long for the model: {score.truncated:,} requests of {task} to {model}."
+                    for model, row in self.scores.items() for task, score in row.items() if score.truncated), ""]
         return "\n".join(lines)
 
     def save(self, directory: str | os.PathLike) -> list[Path]:

@@ -22,8 +22,9 @@ from flexolmo_megatron.files import read_json, write_json
 from flexolmo_megatron.inference.model import free_memory, load_model
 
 if TYPE_CHECKING:
-    from lm_eval.api.model import LM
     from lm_eval.api.task import ConfigurableTask
+
+    from flexolmo_megatron.evaluation.suites.language_model import HarnessModel
 
 _BOOTSTRAP_SAMPLES = 100
 """Of metrics whose standard error has no closed form."""
@@ -90,7 +91,8 @@ def _limit(task: SuiteTask, limit: int | None) -> int | None:
     return min((number for number in (limit, task.limit) if number is not None), default=None)
 
 
-def score_task(lm: "LM", name: str, task: SuiteTask, built: "ConfigurableTask", limit: int | None) -> TaskScore:
+def score_task(lm: "HarnessModel", name: str, task: SuiteTask, built: "ConfigurableTask",
+               limit: int | None) -> TaskScore:
     """Run one task of the harness.
 
     Raises:
@@ -99,6 +101,7 @@ def score_task(lm: "LM", name: str, task: SuiteTask, built: "ConfigurableTask", 
     from lm_eval.evaluator import evaluate
 
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork for a bootstrap, beside CUDA
+    truncated = lm.truncated
     found = evaluate(lm=lm, task_dict={"tasks": {name: built}}, limit=_limit(task, limit),
                      bootstrap_iters=_BOOTSTRAP_SAMPLES, log_samples=False, confirm_run_unsafe_code=False)
     values = {key: value for key, value in found["results"][name].items() if key.partition(",")[0] == task.metric}
@@ -110,7 +113,8 @@ def score_task(lm: "LM", name: str, task: SuiteTask, built: "ConfigurableTask", 
     documents = found["n-samples"][name]["effective"]
     value = float(values[key])
     stderr = found["results"][name].get(key.replace(",", "_stderr,", 1))
-    return TaskScore(100 * value, 100 * stderr if isinstance(stderr, int | float) else None, documents)
+    return TaskScore(100 * value, 100 * stderr if isinstance(stderr, int | float) else None, documents,
+                     lm.truncated - truncated)
 
 
 class _Done:
@@ -146,7 +150,9 @@ class _Done:
         if not path.exists():
             return None
         value = read_json(path, "a task's score")
-        return TaskScore(value["score"], value["stderr"], value["documents"])
+        if "truncated" not in value:  # of a version that did not count it
+            return None
+        return TaskScore(value["score"], value["stderr"], value["documents"], value["truncated"])
 
     def add(self, model: str, leaf: str, task: SuiteTask, score: TaskScore) -> None:
         write_json(self._path(model, leaf, task), {"model": model, "task": leaf, **asdict(score)})
@@ -237,6 +243,10 @@ def run_suite(suite: Suite, candidates: Sequence[Candidate], out: Path, options:
                 error = "" if score.stderr is None else f" ± {score.stderr:.1f}"
                 print(f"{candidate.name} on {name}: {score.score:.1f}{error} %, {score.documents:,} documents",
                       file=sys.stderr, flush=True)
+                if score.truncated:
+                    print(f"warning: {candidate.name} on {name}: {score.truncated:,} requests have lost the beginning "
+                          f"of their context, since the model takes {lm.max_length:,} tokens", file=sys.stderr,
+                          flush=True)
         del model
         free_memory()
     return SuiteResults(suite, scores, skipped, setup)

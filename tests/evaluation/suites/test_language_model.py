@@ -32,12 +32,13 @@ def theirs(models):
 
 
 def test_log_likelihoods(ours, theirs):
-    requests = instances("loglikelihood", PAIRS)
+    requests, before = instances("loglikelihood", PAIRS), ours.truncated
     for pair, (value, greedy), (expected, expected_greedy) in zip(
             PAIRS, ours.loglikelihood(requests, disable_tqdm=True), theirs.loglikelihood(requests, disable_tqdm=True),
             strict=True):
         assert value == pytest.approx(expected, rel=1e-6, abs=1e-4), pair
         assert greedy == expected_greedy
+    assert ours.truncated - before == sum(len("".join(pair)) > 1024 + 1 for pair in PAIRS) == 1
 
 
 def test_rolling_log_likelihoods(ours, theirs):
@@ -55,6 +56,13 @@ def test_greedy_continuations(ours, theirs):
     requests = instances("generate_until", [("the cat", settings | {"until": [stop]})])
     assert ours.generate_until(requests, disable_tqdm=True) == theirs.generate_until(requests, disable_tqdm=True)
     assert ours.generate_until(requests, disable_tqdm=True)[0] == mine[0][:mine[0].index(stop)]
+
+
+def test_prompts_without_room_lose_their_beginning(ours):
+    settings, before = {"until": [], "max_gen_toks": 4, "do_sample": False}, ours.truncated
+    texts = ["x" * 5 + "y" * 1020, "y" * 1020, "y"]
+    answers = ours.generate_until(instances("generate_until", [(text, settings) for text in texts]), True)
+    assert answers[0] == answers[1] and ours.truncated - before == 1
 
 
 def test_experts_that_are_left_out_have_no_part(models, ours):

@@ -133,6 +133,22 @@ def test_standard_errors_and_data_that_has_changed(models, data, tmp_path, capsy
     assert "file already exists and holds no run of a suite" in capsys.readouterr().err
 
 
+def test_contexts_that_are_too_long_are_counted(models, data, tmp_path, capsys):
+    data = shutil.copytree(data, tmp_path / "data")
+    shutil.rmtree(data / "arc_easy")
+    rows = [arc(index) | {"question": 250 * "why "} for index in range(6)]
+    write(data, "arc_easy", train=rows, test=[arc(0) | {"question": "?"}, rows[1], rows[2]])
+    command = ["suite", "--model", f"m={models['merged']}", "--data", str(data), "--tasks", "arc_easy", "squad",
+               "--out", str(tmp_path / "out")]
+    for _ in range(2):  # computed, then kept
+        assert main(command) == 0
+        assert capsys.readouterr().err.count("warning: m on arc_easy: 12 requests have lost the beginning of their "
+                                             "context, since the model takes 1,024 tokens\n") == 1
+        tasks = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["m"]
+        assert {name: score["truncated"] for name, score in tasks.items()} == {"arc_easy": 3 * 4, "squad": 0}
+        assert "too long for the model: 12 requests of arc_easy to m." in (tmp_path / "out" / "results.md").read_text()
+
+
 def test_tasks_may_be_named_in_any_case():
     suite = load_suite()
     suite.tasks["MyTask"] = suite.tasks["mytask"] = suite.tasks["arc_easy"]
