@@ -1,6 +1,9 @@
 """``flexolmo suite``: models on the tasks of the paper."""
 
 import argparse
+import logging
+import os
+import sys
 from pathlib import Path
 
 from flexolmo_megatron.commands.models import add_candidates_option, add_loading_options
@@ -56,6 +59,12 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run ``flexolmo suite``."""
+    # The harness warns those who write tasks: of what a configuration leaves to defaults, of its own command's options.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        # Its bars cannot be switched off one by one, and fill a log; tqdm reads this once, when it is imported.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
     from rich.markdown import Markdown
 
     from flexolmo_megatron.commands.console import show

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -90,7 +91,9 @@ def test_the_command(models, data, tmp_path, capsys, monkeypatch):
     out = tmp_path / "suite"
     command = ["suite", "--model", f"m={models['merged']}", "--data", str(data), "--limit", "1", "--out", str(out),
                "--tasks", "arc_easy", "squad", "NewsG", "mbpp"]
-    assert main(command) == 0
+    done = subprocess.run([sys.executable, "-m", "flexolmo_megatron.cli", *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["m on arc_easy", "m on squad"], "no noise"
     results = json.loads((out / "results.json").read_text())
     assert set(results["tasks"]["m"]) == {"arc_easy", "squad"} and results["average"] == {"m": None}
     assert results["groups"] == {"m": {}}, "no group is whole"
