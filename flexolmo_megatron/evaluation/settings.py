@@ -27,5 +27,16 @@ def check_same_settings(folder: Path, what: str, before: Any, now: Mapping[str, 
         if name == "files":
             raise FlexOlmoError(f"{folder} holds {what} of models whose files have changed since: name a new "
                                 "directory, or remove this one")
+        name, earlier, value = _difference(name, earlier, value)
         raise FlexOlmoError(f"{folder} holds {what} with {name} = {earlier}, and this one has {value}: name a new "
                             "directory, or remove this one")
+
+
+def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """The first of the options in ``before`` and ``now`` that differs, dotted, and its two values."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return name, before, now
+    if before.keys() != now.keys():  # models, corpora: which there are
+        return name, ", ".join(before), ", ".join(now)
+    key = next(key for key in now if before[key] != now[key])
+    return _difference(f"{name}.{key}", before[key], now[key])

@@ -200,8 +200,12 @@ def test_the_command_writes_rates_and_goes_on(moe_path, corpus, tmp_path, monkey
 
     before = lines.read_bytes()
     assert main(command) == 0 and lines.read_bytes() == before
-    assert main([*command, "--seed", "1"]) == 2
-    assert "holds an audit with attack = {" in capsys.readouterr().err
+    for more, what in ((["--seed", "1"], "attack.seed = 0, and this one has 1:"),
+                       (["--corpus", f"own={corpus}"], f"corpora.own = ['{corpus}'], and this one has ['{corpus}', '"),
+                       (["--model", f"b={moe_path}"], "models = merged, merged without code, and this one has merged, "
+                                                      "merged without code, b, b without code: name a new directory")):
+        assert main([*command, *more]) == 2
+        assert f"holds an audit with {what}" in capsys.readouterr().err
     with (moe_path / "flexolmo.json").open("a") as file:
         file.write("\n")
     assert main(command) == 2
