@@ -157,19 +157,26 @@ class _Corpora:
     files: Mapping[str, Sequence[str]]
     attack: Attack
     options: Options
+    skipped: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    """By corpus, the number of unusable documents of each kind, where there are any."""
     _drawn: dict[tuple[str, str], list[Passage]] = dataclasses.field(default_factory=dict)
 
     def passages(self, corpus: str, model: Model) -> list[Passage]:
         key = corpus, repr(model.tokenizer.spec)
         if key not in self._drawn:
-            documents = stream_documents(self.files[corpus], self.options.text_key, BadDocuments(self.options.max_bad))
+            bad = BadDocuments(self.options.max_bad)
+            documents = stream_documents(self.files[corpus], self.options.text_key, bad)
             try:
                 self._drawn[key] = sample_passages(
                     tqdm(documents, f"reading {corpus}", unit=" documents", leave=False, disable=None),
                     model.tokenizer, count=self.attack.passages, length=self.attack.passage_tokens,
                     shortest=self.attack.min_tokens, seed=self.attack.seed)
             except FlexOlmoError as error:
-                raise FlexOlmoError(f"--corpus {corpus}: {error}") from error
+                skipped = f"; skipped {bad.report()}" if 0 < bad.counts.total() <= bad.limit else ""
+                raise FlexOlmoError(f"--corpus {corpus}: {error}{skipped}") from error
+            if bad.counts and corpus not in self.skipped:
+                print(f"{corpus}: skipped {bad.report()}", file=sys.stderr, flush=True)
+                self.skipped[corpus] = dict(bad.counts)
         return self._drawn[key]
 
 
@@ -225,10 +232,11 @@ def audit(candidates: Sequence[Candidate], corpora: Mapping[str, Sequence[str]],
     with AuditState(out, setup, texts=texts) as state:
         for path in dict.fromkeys(candidate.path for candidate in candidates):
             model = load_model(path, getattr(torch, options.dtype), anchor=options.anchor, rows=options.rows)
+            passages = {corpus: drawn.passages(corpus, model) for corpus in corpora}  # before any is attacked
             for candidate, corpus in itertools.product(candidates, corpora):
                 if candidate.path == path:
-                    rates[candidate.name][corpus] = _attack(model, candidate, corpus, drawn.passages(corpus, model),
-                                                            attack, batch_size, state)
+                    rates[candidate.name][corpus] = _attack(model, candidate, corpus, passages[corpus], attack,
+                                                            batch_size, state)
             del model
             free_memory()
-    return AuditResults(rates, setup)
+    return AuditResults(rates, setup, drawn.skipped)

@@ -81,6 +81,8 @@ class AuditResults:
     """By model, then by corpus, both in the order to show."""
     setup: dict[str, Any] = field(default_factory=dict)
     """How the numbers were made. Stored with them."""
+    skipped: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By corpus, the number of unusable documents of each kind, where there are any."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON values."""
@@ -88,7 +90,8 @@ class AuditResults:
             "rate": rate.rate, "interval_95": list(rate.interval), "passages": rate.passages,
             "extracted": rate.extracted, "extracted_without_prefix": rate.verbatim,
             "mean_similarity": rate.mean_similarity,
-        } for corpus, rate in row.items()} for model, row in self.rates.items()}, "setup": self.setup}
+        } for corpus, rate in row.items()} for model, row in self.rates.items()}, "skipped": self.skipped,
+            "setup": self.setup}
 
     def to_markdown(self) -> str:
         """A table with a row per model and a column per corpus; also what the terminal shows."""

@@ -212,6 +212,20 @@ def test_the_command_writes_rates_and_goes_on(moe_path, corpus, tmp_path, monkey
     assert "holds an audit of models whose files have changed since" in capsys.readouterr().err
 
 
+def test_unusable_documents_are_found_before_the_first_attack_and_counted(moe_path, corpus, tmp_path, capsys):
+    (tmp_path / "some.jsonl").write_text("{broken\n" + corpus.read_text() + '{"text": ""}\n{broken\n')
+    (tmp_path / "all.jsonl").write_text("{broken\n{broken\n")
+    corpora = {"own": [str(corpus)], "some": [str(tmp_path / "some.jsonl")]}
+    candidates, attack = [Candidate("model", moe_path)], replace(ATTACK, passages=1, samples=1)
+    results = audit(candidates, corpora, tmp_path / "audit", attack)
+    assert results.to_json()["skipped"] == {"some": {"broken JSON": 2, "empty document": 1}}
+    said = capsys.readouterr().err
+    assert "\nsome: skipped 3 unusable documents (2 broken JSON, 1 empty document), first " in f"\n{said}"
+    with pytest.raises(FlexOlmoError, match=r"--corpus all: no document has 48 .*; skipped 2 unusable documents"):
+        audit(candidates, corpora | {"all": [str(tmp_path / "all.jsonl")]}, tmp_path / "out", attack)
+    assert "model on own" not in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_texts_are_kept_only_if_asked_for(moe_path, corpus, tmp_path, texts):
     audit([Candidate("model", moe_path)], {"own": [str(corpus)]}, tmp_path / "audit",
           replace(ATTACK, passages=1, samples=1), texts=True)
