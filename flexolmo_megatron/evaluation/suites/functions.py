@@ -43,6 +43,14 @@ def word_overlap(doc: dict, results: Sequence[Any]) -> dict[str, float]:
             "exact_match": max(float(normalized(answer) == normalized(gold)) for gold in doc["golds"])}
 
 
+def coqa_f1(doc: dict, results: Sequence[Any]) -> dict[str, float]:
+    """F1 with the best of ``doc["golds"]`` but one, the mean over which one is left out: CoQA's own way to score."""
+    answer, golds = _answers(results)[0].strip().split("\n")[0], doc["golds"]
+    scores = [word_f1(answer, gold) for gold in golds]
+    best = [max(scores[:index] + scores[index + 1:], default=scores[index]) for index in range(len(scores))]
+    return {"f1": sum(best) / len(best)}
+
+
 def rouge_l(doc: dict, results: Sequence[Any]) -> dict[str, float]:
     """ROUGE-L F1 with ``doc["answer"]``."""
     from rouge_score.rouge_scorer import RougeScorer
@@ -96,6 +104,20 @@ def mbpp_docs(rows: Iterable[dict]) -> list[dict]:
     return [{"question": row.get("text") or row["prompt"], "first_test": row["test_list"][0], "before": "",
              "after": row.get("test") or "\n".join([*(row.get("test_imports") or []), *row["test_list"]]),
              "answer": row["code"]} for row in rows]
+
+
+def coqa_docs(rows: Iterable[dict]) -> list[dict]:
+    """The last question of each story, in the words of the harness, whose own task transformers 5 cannot run."""
+    docs = []
+    for row in rows:
+        questions, answers = row["questions"]["input_text"], row["answers"]["input_text"]
+        turns = "".join(f"Q: {question}\n\nA: {answer}\n\n"
+                        for question, answer in zip(questions[:-1], answers[:-1], strict=True))
+        golds: dict[str, str] = {}
+        for given in (answers, *(other["input_text"] for other in (row.get("additional_answers") or {}).values())):
+            golds.setdefault(given[-1].lower(), given[-1])
+        docs.append({"question": f"{row['story']}\n\n{turns}Q: {questions[-1]}\n\nA:", "golds": list(golds.values())})
+    return docs
 
 
 def news_docs(rows: Iterable[dict]) -> list[dict]:
@@ -152,12 +174,13 @@ DOCS: dict[str, Docs] = {
     "sciriff_covid_deepset_qa": _sciriff("covid_deepset_qa", False, "", None),
     "sciriff_pubmedqa_qa": _sciriff("pubmedqa_qa", False, " Answer with Yes, No, or Maybe.",
                                     _YES_NO | {"maybe": "Maybe"}),
+    "coqa": coqa_docs,
     "squad": lambda rows: [row | {"golds": row["answers"]["text"]} for row in rows],
     "nq": lambda rows: [row | {"golds": row["answer"]} for row in rows],
     "trivia": lambda rows: [row | {"golds": row["answer"]["aliases"]} for row in rows],
 }
-RESULTS: dict[str, Results] = {"word_overlap": word_overlap, "rouge_l": rouge_l, "math": math_answer,
-                               "code": code_passes}
+RESULTS: dict[str, Results] = {"word_overlap": word_overlap, "coqa": coqa_f1, "rouge_l": rouge_l,
+                               "math": math_answer, "code": code_passes}
 JUDGED = "judge"
 """In place of one of ``RESULTS``: what a judge says."""
 

@@ -14,6 +14,7 @@ from flexolmo_megatron.evaluation.suites.functions import (
     DOCS,
     boxed,
     code_passes,
+    coqa_f1,
     judged,
     math_answer,
     word_f1,
@@ -63,6 +64,18 @@ if not os.fork():
     with (tmp_path / "lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # held until the last process that the program started has ended
     assert time.monotonic() - began < 15
+
+
+def test_coqa():
+    row = {"story": "A cat sat.", "questions": {"input_text": ["Who?", "What did it do?"]},
+           "answers": {"input_text": ["A cat", "It sat."]},
+           "additional_answers": {"0": {"input_text": ["cat", "it SAT."]}, "1": {"input_text": ["cat", "sat down"]}}}
+    (doc,) = DOCS["coqa"]([row])
+    assert doc == {"question": "A cat sat.\n\nQ: Who?\n\nA: A cat\n\nQ: What did it do?\n\nA:",
+                   "golds": ["It sat.", "sat down"]}
+    assert coqa_f1(doc, [" sat\n\nA: no"]) == {"f1": pytest.approx((2 / 3 + 2 / 3) / 2)}
+    assert coqa_f1(doc, ["it sat"]) == {"f1": pytest.approx((1 / 2 + 1) / 2)}
+    assert coqa_f1({"golds": ["yes"]}, ["Yes."]) == {"f1": 1}
 
 
 def test_documents_of_sciriff():
