@@ -5,11 +5,13 @@ the fewest bits per byte on public documents is kept. It has seen the experts' w
 a temperature of its own, found without that owner's expert.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from flexolmo_megatron.config.card import PUBLIC, TUNED, WITHOUT, RowSet
 from flexolmo_megatron.convert.lazy import LazyTensor
@@ -42,7 +44,8 @@ class Calibration:
 
 def calibrate(path: str | Path, texts: Sequence[str], out: str | Path, temperatures: Sequence[float], *,
               progress: Callable[[int], None] | None = None) -> list[Calibration]:
-    """Find a merged model's temperatures, with all experts and without each owner's, and write the model with them.
+    """Find a merged model's temperatures, with all experts and without each owner's, and write the model with them;
+    reports each number on standard error as it comes.
 
     Args:
         path: merged, its router not tuned.
@@ -90,6 +93,7 @@ def _find(model: Model, name: str, owners: list[str], texts: Sequence[str], temp
         with using_rows(model.module, rows):
             bits[temperature] = evaluate_documents(model, texts, experts=[PUBLIC, *owners],
                                                    progress=progress).bits_per_byte
+        tqdm.write(f"rows {name}, temperature {temperature:g}: {bits[temperature]:.4f} bits per byte", file=sys.stderr)
     return Calibration(name, owners, bits)
 
 

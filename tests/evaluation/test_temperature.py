@@ -62,10 +62,12 @@ def test_the_best_temperature_of_each_set_of_experts_is_kept(folder, tmp_path):
     assert model_digest(untuned(out)) == model_digest(merged)
 
 
-def test_what_was_skipped_is_said(folder, tmp_path, capsys):
+def test_progress_and_what_was_skipped_are_said(folder, tmp_path, capsys):
     assert main(["calibrate", f"{folder}/merged", "--public", f"{folder}/public.jsonl", "--out", f"{tmp_path}/out",
                  "--temperatures", "1"]) == 0
-    assert "skipped 1 unusable document (1 broken JSON)" in capsys.readouterr().err
+    lines = capsys.readouterr().err
+    assert "skipped 1 unusable document (1 broken JSON)" in lines
+    assert lines.count(", temperature 1: ") == 3  # with all experts, and without each of two owners
 
 
 def test_bad_input_is_a_sentence(folder, tmp_path, capsys):
