@@ -17,7 +17,7 @@ from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import ParallelConfig, RouterTrainConfig, TrainConfig
 from flexolmo_megatron.errors import FlexOlmoError, nearest
 from flexolmo_megatron.launch.config import SlurmConfig
-from flexolmo_megatron.launch.load import reject_unknown
+from flexolmo_megatron.launch.load import check_slurm, reject_unknown
 from flexolmo_megatron.words import as_words, parse_words
 
 ROLES = {"public": "anchor", "owner": "expert", "dense": "dense", "btx": "moe", "unrestricted": "moe",
@@ -299,6 +299,7 @@ def _check(config: CompareConfig) -> None:
     _check_embed(public_embed(config, None), "embed")
     for name in (None, *config.ablations, *config.variants):
         _check_embed(owner_options(config, name)[1], f"variants.{name}" if name in config.variants else "embed")
+    check_slurm(config.slurm, "compare")
     evaluation = config.evaluation
     Settings(evaluation.btm_temperatures, evaluation.btm_top_k, evaluation.soup_temperature, evaluation.prompt_bytes)
     for name, value in (("evaluation.max_bytes", evaluation.max_bytes), ("proxy_tokens", config.proxy_tokens),

@@ -4,7 +4,6 @@ import shlex
 from pathlib import Path
 
 from flexolmo_megatron.compare.plan import Comparison
-from flexolmo_megatron.launch.load import check_slurm
 from flexolmo_megatron.launch.render import render_script
 from flexolmo_megatron.launch.slurm import Job
 
@@ -13,10 +12,9 @@ def plan_arrays(comparison: Comparison) -> list[Job]:
     """Return the array jobs that are still needed, in order; each waits for the one before it.
 
     Raises:
-        FlexOlmoError: an impossible value of the section slurm, or a step that was done with other options.
+        FlexOlmoError: a step was done with other options.
     """
     config, plan = comparison.config, comparison.plan
-    check_slurm(config.slurm, "compare")
     levels: dict[int, list[str]] = {}
     for name in plan.steps:
         if not plan.is_done(name):

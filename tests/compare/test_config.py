@@ -34,6 +34,7 @@ from flexolmo_megatron.errors import FlexOlmoError
     ("evaluation.classifier_documents=0", "evaluation.classifier_documents = 0: expected at least 1"),
     ("proxy_tokens=-3", "proxy_tokens = -3: expected at least 1"),
     ("variants.x={setting: [1]}", "variants.x.setting = [1]: expected one of default, paper"),
+    ("slurm.nodes=0", "slurm.nodes = 0 (job compare): expected at least 1"),
     ("variants.x={setting: best}", "variants.x.setting = 'best': expected one of default, paper"),
 ])
 def test_impossible_values_are_refused_with_the_nearest(config_file: str, override: str, message: str) -> None:

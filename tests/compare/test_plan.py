@@ -190,8 +190,3 @@ def test_jobs_read_the_same_comparison_from_what_is_saved(config_file: str, tmp_
     first, second = build_comparison(config), build_comparison(load_compare(str(tmp_path / "launch.yaml")))
     assert [first.plan.digest(name) for name in first.plan.steps] == [
         second.plan.digest(name) for name in second.plan.steps]
-
-
-def test_slurm_options_are_checked(config_file: str) -> None:
-    with pytest.raises(FlexOlmoError, match=r"slurm.nodes = 0 \(job compare\): expected at least 1"):
-        plan_arrays(planned(config_file, "slurm.nodes=0"))
