@@ -85,7 +85,7 @@ def build_comparison(config: CompareConfig) -> Comparison:
         comparison.plan.add(Step(f"data/{domain}", f"tokenize the documents of {domain}",
                                  work.tokenize(texts.train, config.tokenizer, config.text_key),
                                  {"files": _files(texts.train), "tokenizer": config.tokenizer,
-                                  "text_key": config.text_key}))
+                                  "text_key": config.text_key}, files=tuple(find_files(texts.train))))
     chosen = comparison.families
     tunes = "flexolmo" in chosen and config.steps.router > 0
     if tunes:
@@ -99,7 +99,7 @@ def build_comparison(config: CompareConfig) -> Comparison:
 
 
 def _files(patterns: Sequence[str]) -> list[list[Any]]:
-    """Names and sizes: what tells documents from others, without reading them."""
+    """Names and sizes."""
     return [[str(path), path.stat().st_size] for path in find_files(patterns)]
 
 
@@ -313,7 +313,8 @@ class _Seed:
                    "text_key": config.text_key}
         comparison.scores[seed] = self.plan.add(Step(
             f"{self.prefix}/scores", "evaluate all methods", lambda folder: score(comparison, seed, folder), options,
-            tuple(inputs), renewed=True))
+            tuple(inputs), renewed=True,
+            files=tuple(path for texts in config.domains.values() for path in find_files(texts.valid))))
 
 
 def _chosen(config: TrainConfig) -> dict[str, Any]:

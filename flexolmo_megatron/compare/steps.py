@@ -40,6 +40,8 @@ class Step:
     """All processes of a launch take part; otherwise the first one alone works."""
     renewed: bool = False
     """Done again where it was made from something else, in the same folder: it is quick, and loses nothing."""
+    files: tuple[Path, ...] = ()
+    """Files of the user that it reads: what is in them decides the result, too."""
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Plan:
 
     out: Path
     steps: dict[str, Step] = field(default_factory=dict)
+    _contents: dict[str, dict[str, list[Any]] | None] = field(default_factory=dict)
 
     def add(self, step: Step) -> str:
         """Append a step whose inputs are there; returns its name."""
@@ -58,8 +61,25 @@ class Plan:
     def digest(self, name: str) -> str:
         """sha256 of all that a step's result is made from."""
         step = self.steps[name]
-        made_from = [step.options, [self.digest(other) for other in step.inputs]]
+        made_from: list[Any] = [step.options, [self.digest(other) for other in step.inputs]]
+        if contents := self.contents(name):
+            made_from.append([digest for _, digest in contents.values()])
         return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+    def contents(self, name: str) -> dict[str, list[Any]] | None:
+        """Return of each of a step's files the time of its last change, in ns, and sha256.
+
+        A file that has not changed since the step was recorded is not read again: corpora are large.
+
+        Returns:
+            None where a step has no files, or an earlier release, which looked at names and sizes alone, recorded it.
+        """
+        if name not in self._contents:
+            path, files = self.out / name / RECORD, self.steps[name].files
+            before = read_json(path, "the record of a step").get("contents") if path.exists() else {}
+            self._contents[name] = None if before is None or not files else {
+                str(file): _content(file, before.get(str(file))) for file in files}
+        return self._contents[name]
 
     def level(self, name: str) -> int:
         """Number of steps, one after the other, that must be done before."""
@@ -79,16 +99,19 @@ class Plan:
         if found.get("digest") != self.digest(name):
             if step.renewed:
                 return False
-            difference = self._difference(step, found.get("options", {}))
+            difference = self._difference(step, found)
             raise FlexOlmoError(f"{self.out / name} was made {difference}: remove this folder to make it anew, or name "
                                 "another folder as out")
         return found.get("seconds") is not None
 
-    def _difference(self, step: Step, before: Mapping[str, Any]) -> str:
-        now = json.loads(json.dumps(step.options))
+    def _difference(self, step: Step, found: Mapping[str, Any]) -> str:
+        before, now = found.get("options", {}), json.loads(json.dumps(step.options))
         for key in [*now, *before]:
             if now.get(key) != before.get(key):
                 return f"with {key} = {before.get(key)}, which is {now.get(key)} now"
+        for file, (_, digest) in (self.contents(step.name) or {}).items():
+            if found["contents"].get(file, [None, None])[1] != digest:
+                return f"from other text in {file}"
         return f"from another result of {', '.join(step.inputs)}"
 
     def record(self, name: str, seconds: float | None) -> None:
@@ -96,7 +119,15 @@ class Plan:
         step = self.steps[name]
         write_json(self.out / name / RECORD, {
             "what": step.what, "digest": self.digest(name), "options": step.options, "inputs": list(step.inputs),
-            "tokens": step.tokens, "flops": step.flops, "seconds": seconds})
+            "contents": self.contents(name), "tokens": step.tokens, "flops": step.flops, "seconds": seconds})
+
+
+def _content(file: Path, before: list[Any] | None) -> list[Any]:
+    modified = file.stat().st_mtime_ns
+    if before and before[0] == modified:
+        return before
+    with open(file, "rb") as stream:
+        return [modified, hashlib.file_digest(stream, "sha256").hexdigest()]
 
 
 def choose(plan: Plan, only: Sequence[str]) -> list[str]:

@@ -1,5 +1,7 @@
 """Steps: done once, gone on with after a stop, refused where they were made from something else."""
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,36 @@ def test_a_result_of_other_inputs_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "step.json").unlink()
     with pytest.raises(FlexOlmoError, match=r"b/c was made from another result of a: remove"):
         Workshop(tmp_path, a=2).run()
+
+
+def reads(out: Path, file: Path) -> Plan:
+    """A plan of one step that reads a file."""
+    plan = Plan(out)
+    plan.add(Step("a", "read", lambda folder: None, {"size": file.stat().st_size}, files=(file,)))
+    return plan
+
+
+def test_other_text_of_the_same_size_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "documents.jsonl"
+    file.write_text("one")
+    run_steps(reads(tmp_path, file), ["a"], print)
+    os.utime(file, ns=(0, 0))  # the same text, written again
+    assert reads(tmp_path, file).is_done("a")
+    file.write_text("two")
+    with pytest.raises(FlexOlmoError, match=rf"a was made from other text in {file}: remove this folder"):
+        reads(tmp_path, file).is_done("a")
+
+
+def test_records_of_earlier_releases_which_say_nothing_of_the_text_are_accepted(tmp_path: Path) -> None:
+    file = tmp_path / "documents.jsonl"
+    file.write_text("one")
+    plan = Plan(tmp_path)
+    plan.add(Step("a", "read", lambda folder: None, {"size": 3}))
+    run_steps(plan, ["a"], print)
+    record = json.loads((tmp_path / "a" / "step.json").read_text())
+    del record["contents"]
+    (tmp_path / "a" / "step.json").write_text(json.dumps(record))
+    assert reads(tmp_path, file).is_done("a")
 
 
 def test_reports_are_made_anew(tmp_path: Path) -> None:
