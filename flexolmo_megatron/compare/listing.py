@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from flexolmo_megatron.compare.plan import Comparison
+from flexolmo_megatron.compare.table import same_note
 
 
 def list_steps(comparison: Comparison, names: Sequence[str]) -> Group:
-    """Return a table of steps, and one of what a run of each kind costs.
+    """Return a table of steps, one of what a run of each kind costs, and which ablations change nothing.
 
     Raises:
         FlexOlmoError: a step was done with other options.
@@ -27,7 +29,7 @@ def list_steps(comparison: Comparison, names: Sequence[str]) -> Group:
     for table in (steps, runs):
         for column in table.columns[-3 if table is steps else -2:]:
             column.justify = "right"
-    return Group(steps, runs)
+    return Group(steps, runs, *([Text(same_note(comparison.same))] if comparison.same else []))
 
 
 def _budget(tokens: int, flops: int) -> tuple[str, str]:

@@ -60,6 +60,13 @@ class Comparison:
         """Families of methods that are wanted."""
         return [family for family in FAMILIES if not self.config.methods or family in self.config.methods]
 
+    @property
+    def same(self) -> list[str]:
+        """Ablations and variants that change nothing of FlexOlmo in this setting: nothing is trained for them."""
+        config, usual = self.config, owner_options(self.config, None)
+        return [name for name in (*config.ablations, *config.variants) if "ablations" in self.families
+                and owner_options(config, name) == usual and not is_calibrated(config, name)]
+
     def budget_of(self, method: Method) -> tuple[int, int]:
         """Return the training tokens and FLOPs behind a method."""
         owners = "owner"
@@ -93,7 +100,8 @@ def build_comparison(config: CompareConfig) -> Comparison:
     for seed in config.seeds:
         _Seed(comparison, seed, chosen, tunes).add()
     comparison.plan.add(Step("report", "write the tables and pictures",
-                             lambda folder: write_report(comparison, folder), {}, tuple(comparison.scores.values()),
+                             lambda folder: write_report(comparison, folder),
+                             {"same": comparison.same} if comparison.same else {}, tuple(comparison.scores.values()),
                              renewed=True))
     return comparison
 
@@ -245,10 +253,9 @@ class _Seed:
                 made.append(self.add_router(usual_merged))
                 models["tuned"] = self.path(made[-1], "run")
         models["ablations"] = {}
-        for name in [*config.ablations, *config.variants] if "ablations" in self.chosen else ():
+        names = [*config.ablations, *config.variants] if "ablations" in self.chosen else []
+        for name in (name for name in names if name not in self.comparison.same):
             options, calibrated = owner_options(config, name), is_calibrated(config, name)
-            if options == usual and not calibrated:  # the paper's setting, where that is what is compared
-                continue
             folder = ablation_folder(name)
             its_anchor, vectors = anchor, "vectors"
             if options[1] != usual[1]:

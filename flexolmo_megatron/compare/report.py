@@ -22,7 +22,7 @@ def write_report(comparison: "Comparison", folder: Path) -> None:
         FlexOlmoError: the scores of a seed are missing, or a file cannot be written.
     """
     scores = _read_scores(comparison)
-    table = build_table(scores, list(comparison.config.domains))
+    table = _build(comparison, scores)
     write_json(folder / f"{TABLE}.json", table.to_json())
     for suffix, text in (("csv", table.to_csv()), ("md", table.to_markdown())):
         with atomic_file(folder / f"{TABLE}.{suffix}") as file:
@@ -32,7 +32,11 @@ def write_report(comparison: "Comparison", folder: Path) -> None:
 
 def read_table(comparison: "Comparison") -> Table:
     """Return the table that is in the folder ``report``."""
-    return build_table(_read_scores(comparison), list(comparison.config.domains))
+    return _build(comparison, _read_scores(comparison))
+
+
+def _build(comparison: "Comparison", scores: list[dict[str, Any]]) -> Table:
+    return build_table(scores, list(comparison.config.domains), comparison.same)
 
 
 def _read_scores(comparison: "Comparison") -> list[dict[str, Any]]:

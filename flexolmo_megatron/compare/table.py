@@ -48,6 +48,8 @@ class Table:
     columns: list[str]
     """Domains, their average, and after it other texts."""
     rows: list[Row]
+    same: list[str] = field(default_factory=list)
+    """Ablations that change nothing, and have no row."""
 
     def row(self, name: str) -> Row | None:
         return next((row for row in self.rows if row.name == name), None)
@@ -109,6 +111,7 @@ class Table:
                 f"{len(self.seeds)} seed{'s' * (len(self.seeds) > 1)} ({seeds}). In bold the best of each column; † "
                 "has seen the text that it predicts, and is never the best. Tokens and FLOPs are those of all training "
                 "runs behind a method, the public anchor's included.")
+        note += f"\n\n{same_note(self.same)}" * bool(self.same)
         about = [table_row(["method", "definition", "training runs", "a token costs", "source"]),
                  "|---|---|---|---|---|"]
         keys = ("definition", "training", "inference", "source")
@@ -127,12 +130,18 @@ class Table:
                 f"{row.about['training_flops']:.2e}"]
 
 
-def build_table(scores: Sequence[dict[str, Any]], domains: Sequence[str]) -> Table:
+def same_note(names: Sequence[str]) -> str:
+    """Say which ablations there is no row for, and why."""
+    return f"The same as FlexOlmo in this setting, so not trained again: {', '.join(map(repr, names))}."
+
+
+def build_table(scores: Sequence[dict[str, Any]], domains: Sequence[str], same: Sequence[str] = ()) -> Table:
     """Return the table over all seeds.
 
     Args:
         scores: of each seed, what ``scores.json`` holds.
         domains: that the average is over; what else was measured comes after it.
+        same: ablations that change nothing.
 
     Raises:
         FlexOlmoError: the seeds were not evaluated alike.
@@ -153,4 +162,4 @@ def build_table(scores: Sequence[dict[str, Any]], domains: Sequence[str]) -> Tab
             for column in columns:
                 row.values.setdefault(column, []).append(found[column])
         rows.append(row)
-    return Table([one["seed"] for one in scores], columns, rows)
+    return Table([one["seed"] for one in scores], columns, rows, list(same))

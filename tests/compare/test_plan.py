@@ -1,12 +1,15 @@
 """The steps of a comparison, their inputs and budgets, and their jobs on Slurm."""
 
+import io
 import json
 import subprocess
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from flexolmo_megatron.compare.config import check_training, load_compare
+from flexolmo_megatron.compare.listing import list_steps
 from flexolmo_megatron.compare.plan import Comparison, build_comparison
 from flexolmo_megatron.compare.settings import ABLATIONS
 from flexolmo_megatron.compare.slurm import plan_arrays
@@ -47,8 +50,12 @@ def test_each_seed_has_runs_of_its_own(config_file: str) -> None:
 
 def test_an_ablation_like_the_setting_is_left_out(config_file: str) -> None:
     usual = planned(config_file, "ablations=[paper]", "setting=paper", "methods=[flexolmo,ablations]")
-    assert usual.models[1].ablations == {}
-    assert list(planned(config_file, "ablations=[paper]").models[1].ablations) == ["paper"]
+    assert usual.models[1].ablations == {} and usual.same == ["paper"]
+    console = Console(file=io.StringIO(), width=200)
+    console.print(list_steps(usual, []))
+    assert "The same as FlexOlmo in this setting, so not trained again: 'paper'.\n" in console.file.getvalue()
+    other = planned(config_file, "ablations=[paper]")
+    assert list(other.models[1].ablations) == ["paper"] and other.same == []
 
 
 def test_other_embeddings_have_an_anchor_of_their_own(config_file: str) -> None:

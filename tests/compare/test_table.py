@@ -75,6 +75,11 @@ def test_one_seed_has_no_spread() -> None:
     assert table.to_json()["methods"][2]["bits_per_byte"]["math"] == {"mean": 3.0, "spread": None, "seeds": [3.0]}
 
 
+def test_ablations_that_change_nothing_are_named_under_the_table() -> None:
+    text = build_table(BOTH, ["public", "math"], ["no embedding init, no bias", "paper"]).to_markdown()
+    assert "not trained again: 'no embedding init, no bias', 'paper'.\n\n## What they are" in text
+
+
 def test_seeds_with_other_methods_are_refused() -> None:
     with pytest.raises(FlexOlmoError, match="seeds 1 and 2 were evaluated with other methods"):
         build_table([BOTH[0], scores(2, public=(1.0, 1.0, 1.0))], ["public", "math"])
