@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from flexolmo_megatron.compare.settings import ABLATIONS, ROLE_DEFAULTS, SETTINGS, TRAINED_ROWS
+from flexolmo_megatron.compare.settings import ABLATIONS, DECIDED, ROLE_DEFAULTS, SETTINGS, TRAINED_ROWS
 from flexolmo_megatron.config.card import check_expert_name
 from flexolmo_megatron.config.layout import data_parallel_size
 from flexolmo_megatron.config.load import load_config, parse_override, read_yaml
@@ -296,6 +296,9 @@ def _check(config: CompareConfig) -> None:
         setting = changes.get("setting", "default")
         if not isinstance(setting, str) or setting not in SETTINGS:
             raise FlexOlmoError(f"variants.{name}.setting = {setting!r}: expected one of {', '.join(SETTINGS)}")
+        if not isinstance(calibrate := changes.get("calibrate", False), bool):
+            raise FlexOlmoError(f"variants.{name}.calibrate = {calibrate!r}: expected true or false")
+    _check_decided(config)
     _check_embed(public_embed(config, None), "embed")
     for name in (None, *config.ablations, *config.variants):
         _check_embed(owner_options(config, name)[1], f"variants.{name}" if name in config.variants else "embed")
@@ -307,6 +310,20 @@ def _check(config: CompareConfig) -> None:
                         ("evaluation.classifier_documents", evaluation.classifier_documents)):
         if value is not None and value < 1:
             raise FlexOlmoError(f"{name} = {value}: expected at least 1")
+
+
+def _check_decided(config: CompareConfig) -> None:
+    """Refuse what would be ignored."""
+    if config.model != config.model.dense():
+        raise FlexOlmoError(f"model.num_experts = {config.model.num_experts}: expected none, the anchor is dense; "
+                            "owners decide how many experts merged models have, top_k how many of them are active")
+    sections = {name: getattr(config, name) for name in ("train", "public_run", *ROLES) if name != "public"}
+    for section, options in (sections | {f"variants.{name}": value for name, value in config.variants.items()}).items():
+        for key, value in flatten(options).items():
+            for name, decider in DECIDED.items():
+                if key == name or key.startswith(f"{name}."):
+                    raise FlexOlmoError(f"{section}.{key} = {value}: expected no such option, it follows from "
+                                        f"the comparison's {decider}")
 
 
 def _check_embed(embed: Mapping[str, Any], where: str) -> None:

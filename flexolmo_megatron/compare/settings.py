@@ -84,3 +84,11 @@ ROLE_DEFAULTS: Mapping[str, Callable[[int], dict[str, Any]]] = {"router": _route
 """Options of a kind of run that win over those of all runs and yield to its own section. Router tuning: at the paper's
 learning rate rows forget what proxies do not show (docs/routing.md), so a 20th of it; a warm-up as short as few steps
 ask for; rows for each opt-out."""
+
+DECIDED: Mapping[str, str] = {
+    "out": "out", "model": "model", "train_iters": "steps", "seed": "seeds", "anchor": "methods", "merged": "methods",
+    "data.train": "public and owners", "data.public": "public", "data.proxies": "proxy_tokens",
+    "expert.name": "owners", "expert.domain_vector": "embed",
+}
+"""Options of training runs, with all below them, that the comparison sets itself, and its options that they follow
+from."""

@@ -34,6 +34,12 @@ from flexolmo_megatron.errors import FlexOlmoError
     ("evaluation.classifier_documents=0", "evaluation.classifier_documents = 0: expected at least 1"),
     ("proxy_tokens=-3", "proxy_tokens = -3: expected at least 1"),
     ("variants.x={setting: [1]}", "variants.x.setting = [1]: expected one of default, paper"),
+    ("variants.x={calibrate: maybe}", "variants.x.calibrate = 'maybe': expected true or false"),
+    ("owner.train_iters=300", "train_iters = 300: expected no such option, it follows from the comparison's steps"),
+    ("train.seed=5", "train.seed = 5: expected no such option, it follows from the comparison's seeds"),
+    ("dense.model.num_layers=3", "dense.model.num_layers = 3: expected no such option, it follows from"),
+    ("variants.x={data: {public: [a]}}", "variants.x.data.public = ['a']: expected no such option, it"),
+    ("model={num_experts: 3, top_k: 2}", "model.num_experts = 3: expected none, the anchor is dense"),
     ("slurm.nodes=0", "slurm.nodes = 0 (job compare): expected at least 1"),
     ("variants.x={setting: best}", "variants.x.setting = 'best': expected one of default, paper"),
 ])
