@@ -1,6 +1,7 @@
 """``flexolmo compare``: every method of the comparison, trained, evaluated and in one table."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from flexolmo_megatron.errors import FlexOlmoError
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> None:
     check_training(comparison.runs, config.slurm.nodes * config.slurm.processes_per_node if args.slurm else
                    world_size())
     names = choose(comparison.plan, args.only)
+    if (args.slurm or args.dry_run) and comparison.skipped:
+        print(*comparison.skipped, sep="\n", file=sys.stderr)
     if args.slurm:
         _submit(comparison, args)
         return
@@ -77,6 +80,8 @@ def run(args: argparse.Namespace) -> None:
     from flexolmo_megatron.training.console import say
 
     initialize(seed=config.seeds[0], timeout_minutes=24 * 60)  # the others wait while rank 0 evaluates
+    for line in comparison.skipped:
+        say(line)
     run_steps(comparison.plan, names, say)
     if "report" in names:
         say(f"\n{read_table(comparison).to_markdown()}")

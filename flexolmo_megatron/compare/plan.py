@@ -54,6 +54,8 @@ class Comparison:
     """By step, the configuration of its training run."""
     scores: dict[int, str] = field(default_factory=dict)
     """By seed, the step that evaluates."""
+    skipped: list[str] = field(default_factory=list)
+    """Lines on the domains of which held-out documents are skipped."""
 
     @property
     def families(self) -> list[str]:
@@ -85,7 +87,7 @@ def build_comparison(config: CompareConfig) -> Comparison:
         FlexOlmoError: a file of documents that does not exist, or options that `flexolmo train` does not have.
     """
     comparison = Comparison(config, Plan(Path(config.out)))
-    held_out(config)  # texts that cannot be scored are refused before anything is trained
+    held_out(config, comparison.skipped.append)  # texts that cannot be scored are refused before anything is trained
     for domain, texts in config.domains.items():
         if seen := set(find_files(texts.train)) & set(find_files(texts.valid)):
             raise FlexOlmoError(f"{domain}: {min(seen)} is in train and in valid: expected other documents in valid")

@@ -1,6 +1,7 @@
 """All methods on all held-out texts, of one seed: ``scores.json``, and the log-probabilities that it was made from."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from flexolmo_megatron.compare.table import MERGED
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.domain.sample import reservoir_sample
+from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.methods import Method, Models, Settings, Store, TextSet, Variant, build_methods
 from flexolmo_megatron.evaluation.methods.base import single
 from flexolmo_megatron.evaluation.mixed import mixed_text_set
 from flexolmo_megatron.evaluation.perplexity import limit_bytes
 from flexolmo_megatron.files import write_json
-from flexolmo_megatron.training.documents import stream_documents
+from flexolmo_megatron.training.documents import DEFAULT_MAX_BAD, BadDocuments, stream_documents
 
 if TYPE_CHECKING:
     from flexolmo_megatron.compare.config import CompareConfig
@@ -24,19 +26,35 @@ MIXED = "mixed"
 """Name of the texts of several domains."""
 
 
-def held_out(config: "CompareConfig") -> list[TextSet]:
+def held_out(config: "CompareConfig", report: Callable[[str], None] = lambda line: None) -> list[TextSet]:
     """Return the held-out texts of each domain, and the mixed ones where they are wanted.
 
+    Args:
+        config: all.
+        report: takes a line on each domain of which documents are skipped.
+
     Raises:
-        FlexOlmoError: a file cannot be read, or the documents are too short to be mixed.
+        FlexOlmoError: a file cannot be read, it has too many unusable documents or none that is usable, or they are too
+            short to be mixed.
     """
-    sets = []
+    sets, max_bytes = [], config.evaluation.max_bytes
     for domain, texts in config.domains.items():
-        documents = (document.text for document in stream_documents(texts.valid, config.text_key))
-        sets.append(TextSet.of(domain, limit_bytes(documents, config.evaluation.max_bytes)))
+        bad = BadDocuments(sys.maxsize)  # an error is to name the option, which is not --max-bad
+        documents = (document.text for document in stream_documents(texts.valid, config.text_key, bad))
+        found = tuple(limit_bytes(documents, max_bytes))
+        if not found or bad.counts.total() > DEFAULT_MAX_BAD:
+            raise FlexOlmoError(f"{domain}: {', '.join(texts.valid)}: {bad.report() if bad.counts else 'no document'}; "
+                                f"expected text at text_key = {config.text_key!r} and at most {DEFAULT_MAX_BAD} "
+                                "unusable documents")
+        if bad.counts:
+            report(f"held-out text of {domain}: skipped {bad.report()}")
+        sets.append(TextSet(domain, found))
     if config.evaluation.mixed:
-        sets.append(mixed_text_set(MIXED, {texts.name: texts.texts for texts in sets},
-                                   max_bytes=config.evaluation.max_bytes))
+        try:
+            sets.append(mixed_text_set(MIXED, {texts.name: texts.texts for texts in sets}, max_bytes=max_bytes))
+        except FlexOlmoError as error:
+            cut = f" (texts are cut at evaluation.max_bytes = {max_bytes})" * (max_bytes is not None)
+            raise FlexOlmoError(f"{error}{cut}, or evaluation.mixed=false") from None
     return sets
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from flexolmo_megatron.cli import main
 from flexolmo_megatron.compare.config import check_training, load_compare
 from flexolmo_megatron.compare.listing import list_steps
 from flexolmo_megatron.compare.plan import Comparison, build_comparison
@@ -160,8 +161,24 @@ def test_texts_that_cannot_be_scored_are_found_before_anything_runs(config_file:
     config.public.valid = config.public.train
     with pytest.raises(FlexOlmoError, match="public: .* is in train and in valid: expected other documents in valid"):
         build_comparison(config)
-    with pytest.raises(FlexOlmoError, match="expected"):
+    with pytest.raises(FlexOlmoError, match=r"more or longer documents \(texts are cut at evaluation.max_bytes "
+                                            r"= 100\), or evaluation.mixed=false"):
         planned(config_file, "evaluation.max_bytes=100")
+    with pytest.raises(FlexOlmoError, match=r"public: \S*/public.valid.jsonl: 6 unusable documents \(6 missing text\), "
+                                            r"first .*; expected text at text_key = 'nope' and at most 100 unusable"):
+        planned(config_file, "text_key=nope")
+
+
+def test_skipped_held_out_documents_are_counted(config_file: str, texts: Path, tmp_path: Path,
+                                                capsys: pytest.CaptureFixture) -> None:
+    lines = ['{"text": 5}', "garbage", '{"foo": "x"}', (texts / "math.valid.jsonl").read_text()]
+    (tmp_path / "valid.jsonl").write_text("\n".join(lines))
+    assert main(["compare", config_file, f"owners.math.valid=[{tmp_path}/valid.jsonl]", "--dry-run"]) == 0
+    assert capsys.readouterr().err.startswith(
+        "held-out text of math: skipped 3 unusable documents (1 broken JSON, 1 missing text, 1 text is not a string), ")
+    (tmp_path / "valid.jsonl").write_text("\n".join([*lines, *["garbage"] * 98]))
+    with pytest.raises(FlexOlmoError, match="math: .*: 101 unusable documents .* and at most 100 unusable documents"):
+        planned(config_file, f"owners.math.valid=[{tmp_path}/valid.jsonl]", "evaluation.max_bytes=null")
 
 
 def test_another_text_key_is_other_data(config_file: str) -> None:
