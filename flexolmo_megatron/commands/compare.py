@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> None:
     config = load_compare(args.config, args.overrides)
     prepare()
     from flexolmo_megatron.commands.console import show
+    from flexolmo_megatron.compare.check import check_tools
     from flexolmo_megatron.compare.listing import list_steps
     from flexolmo_megatron.compare.plan import build_comparison
     from flexolmo_megatron.compare.report import read_table
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> None:
     comparison = build_comparison(config)
     check_training(comparison.runs, config.slurm.nodes * config.slurm.processes_per_node if args.slurm else
                    world_size())
+    if not args.slurm:  # the jobs may have another Python, which they check
+        check_tools(comparison)
     names = choose(comparison.plan, args.only)
     if (args.slurm or args.dry_run) and comparison.skipped:
         print(*comparison.skipped, sep="\n", file=sys.stderr)

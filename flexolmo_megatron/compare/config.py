@@ -270,6 +270,11 @@ def _check(config: CompareConfig) -> None:
         if "." in owner or owner in ("average", "mixed"):
             raise FlexOlmoError(f"owners.{owner}: expected a name without a dot, and other than average and mixed, "
                                 "which are columns of the table")
+    for domain, texts in config.domains.items():
+        for name in ("train", "valid"):
+            if not getattr(texts, name):
+                where = domain if domain == "public" else f"owners.{domain}"
+                raise FlexOlmoError(f"{where}.{name} = []: expected at least one file")
     for name, value, known in (*(("methods", value, list(FAMILIES)) for value in config.methods),
                                ("setting", config.setting, list(SETTINGS)),
                                *(("ablations", value, list(ABLATIONS)) for value in config.ablations)):

@@ -7,6 +7,7 @@ Legend: n documents, s sequence, d dimension of the embedder.
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,17 @@ def is_gritlm(name: str) -> bool:
     config = Path(name, "config.json")
     text = config.read_text(errors="replace") if config.is_file() else ""
     return "gritlm" in (display_name(name) + text).lower()
+
+
+def check_installed(name: str) -> None:
+    """Raise FlexOlmoError where the package that loads a model is missing, without importing it."""
+    package = "transformers" if is_gritlm(name) else "sentence-transformers"
+    if find_spec(package.replace("-", "_")) is None:
+        raise _missing(name, package)
+
+
+def _missing(name: str, package: str) -> FlexOlmoError:
+    return FlexOlmoError(f"the embedder {name!r} needs {package}; install it with: pip install {package}")
 
 
 def _cannot_load(name: str, error: Exception) -> FlexOlmoError:
@@ -72,8 +84,7 @@ class SentenceTransformerEmbedder:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
-            raise FlexOlmoError(f"the embedder {name!r} needs sentence-transformers; "
-                                "install it with: pip install sentence-transformers") from None
+            raise _missing(name, "sentence-transformers") from None
         try:
             self._model = SentenceTransformer(name, device=str(local_device()), trust_remote_code=False)
         except Exception as error:  # it passes on whatever its many readers raise
@@ -103,8 +114,7 @@ class GritLMEmbedder:
         try:
             from transformers import AutoModel, AutoTokenizer
         except ImportError:
-            raise FlexOlmoError(f"the embedder {name!r} needs transformers; "
-                                "install it with: pip install transformers") from None
+            raise _missing(name, "transformers") from None
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", trust_remote_code=False)
             model = AutoModel.from_pretrained(name, dtype="auto", attn_implementation="sdpa", trust_remote_code=False)

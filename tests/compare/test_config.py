@@ -40,6 +40,7 @@ from flexolmo_megatron.errors import FlexOlmoError
     ("dense.model.num_layers=3", "dense.model.num_layers = 3: expected no such option, it follows from"),
     ("variants.x={data: {public: [a]}}", "variants.x.data.public = ['a']: expected no such option, it"),
     ("model={num_experts: 3, top_k: 2}", "model.num_experts = 3: expected none, the anchor is dense"),
+    ("owners.math.train=[]", "owners.math.train = []: expected at least one file"),
     ("slurm.nodes=0", "slurm.nodes = 0 (job compare): expected at least 1"),
     ("variants.x={setting: best}", "variants.x.setting = 'best': expected one of default, paper"),
 ])

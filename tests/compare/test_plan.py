@@ -3,6 +3,7 @@
 import io
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,20 @@ def test_skipped_held_out_documents_are_counted(config_file: str, texts: Path, t
     (tmp_path / "valid.jsonl").write_text("\n".join([*lines, *["garbage"] * 98]))
     with pytest.raises(FlexOlmoError, match="math: .*: 101 unusable documents .* and at most 100 unusable documents"):
         planned(config_file, f"owners.math.valid=[{tmp_path}/valid.jsonl]", "evaluation.max_bytes=null")
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("tokenizer=no/such", "cannot load the tokenizer 'no/such'"),
+    ("model.vocab_size=256", "model.vocab_size = 256: expected at least 257, the ids of the tokenizer byte"),
+    ("variants.x={embed.embedder: some/model}", "the embedder 'some/model' needs sentence-transformers; install it"),
+])
+def test_what_cannot_be_loaded_is_found_before_anything_runs(
+        config_file: str, override: str, message: str, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["compare", config_file, override, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_another_text_key_is_other_data(config_file: str) -> None:
