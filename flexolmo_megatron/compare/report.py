@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from flexolmo_megatron.compare.figures import draw
 from flexolmo_megatron.compare.scores import SCORES
+from flexolmo_megatron.compare.steps import RECORD
 from flexolmo_megatron.compare.table import Table, build_table
+from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.files import atomic_file, read_json, write_json
 
 if TYPE_CHECKING:
@@ -40,5 +42,11 @@ def _build(comparison: "Comparison", scores: list[dict[str, Any]]) -> Table:
 
 
 def _read_scores(comparison: "Comparison") -> list[dict[str, Any]]:
-    return [read_json(comparison.plan.out / step / SCORES, "the scores of a seed")
-            for step in comparison.scores.values()]
+    scores = []
+    for step in comparison.scores.values():
+        folder = comparison.plan.out / step
+        try:
+            scores.append(read_json(folder / SCORES, "the scores of a seed"))
+        except FlexOlmoError as error:
+            raise FlexOlmoError(f"{error}; remove {folder / RECORD} to evaluate this seed again") from None
+    return scores

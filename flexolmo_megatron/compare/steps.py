@@ -39,7 +39,8 @@ class Step:
     parallel: bool = False
     """All processes of a launch take part; otherwise the first one alone works."""
     renewed: bool = False
-    """Done again where it was made from something else, in the same folder: it is quick, and loses nothing."""
+    """Done again where it was made from something else or a file of it is gone, in the same folder: it is quick, and
+    loses nothing."""
     files: tuple[Path, ...] = ()
     """Files of the user that it reads: what is in them decides the result, too."""
 
@@ -102,6 +103,8 @@ class Plan:
             difference = self._difference(step, found)
             raise FlexOlmoError(f"{self.out / name} was made {difference}: remove this folder to make it anew, or name "
                                 "another folder as out")
+        if not all((self.out / name / file).exists() for file in found.get("made") or ()):
+            return False
         return found.get("seconds") is not None
 
     def _difference(self, step: Step, found: Mapping[str, Any]) -> str:
@@ -116,10 +119,13 @@ class Plan:
 
     def record(self, name: str, seconds: float | None) -> None:
         """Write what a step is made from; ``seconds`` is None at its start, and what it took at its end."""
-        step = self.steps[name]
+        step, made = self.steps[name], None
+        if step.renewed and seconds is not None:
+            made = sorted({path.name for path in (self.out / name).iterdir() if path.is_file()} - {RECORD})
         write_json(self.out / name / RECORD, {
             "what": step.what, "digest": self.digest(name), "options": step.options, "inputs": list(step.inputs),
-            "contents": self.contents(name), "tokens": step.tokens, "flops": step.flops, "seconds": seconds})
+            "contents": self.contents(name), "tokens": step.tokens, "flops": step.flops, "made": made,
+            "seconds": seconds})
 
 
 def _content(file: Path, before: list[Any] | None) -> list[Any]:

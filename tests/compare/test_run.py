@@ -95,6 +95,19 @@ def test_a_second_start_does_nothing(ran: Path, capsys: pytest.CaptureFixture) -
     assert "[" not in capsys.readouterr().out.split("## Methods")[0]
 
 
+def test_what_is_gone_is_made_anew(ran: Path, capsys: pytest.CaptureFixture) -> None:
+    report, scores = ran.parent / "out" / "report", ran.parent / "out" / "seed_1" / "scores" / "scores.json"
+    before = {path: path.read_text() for path in (report / "table.md", scores)}
+    for path in (*before, report / "opt_out.png"):
+        path.unlink()
+    assert main(["compare", str(ran)]) == 0
+    assert {path: path.read_text() for path in before} == before and (report / "opt_out.png").exists()
+    scores.write_text("{")
+    assert main(["compare", str(ran)]) == 2
+    assert f"remove {scores.parent}/step.json to evaluate this seed again" in capsys.readouterr().err
+    scores.write_text(before[scores])
+
+
 def test_a_new_variant_is_all_that_is_trained(ran: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["compare", str(ran), "variants.no noise={expert.routing_noise: 0}", "--dry-run"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "seed_1" in line or "report" in line]
