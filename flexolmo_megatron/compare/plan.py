@@ -117,10 +117,15 @@ def _add_proxies(comparison: Comparison) -> None:
     config, plan = comparison.config, comparison.plan
     router = training_config(config, "router", {"train_iters": config.steps.router})
     tokens = config.proxy_tokens or run_tokens(router) // (len(config.owners) + 1)
+    public = plan.out / "data" / PUBLIC / "tokens"
     for owner, texts in config.owners.items():
-        do = work.proxies(texts.train, config.public.train, plan.out / "data" / PUBLIC / "tokens", tokens,
-                          config.tokenizer, config.text_key)
-        plan.add(Step(f"proxies/{owner}", f"public documents that look like those of {owner}", do, {"tokens": tokens},
+        name = f"proxies/{owner}"
+        asked = plan.recorded(name).get("options", {}).get("tokens", tokens)
+        if not public.with_suffix(".json").exists() or (
+                work.proxy_budget(asked, public) != work.proxy_budget(tokens, public)):
+            asked = tokens  # otherwise the same proxies, whatever was asked for
+        do = work.proxies(texts.train, config.public.train, public, asked, config.tokenizer, config.text_key)
+        plan.add(Step(name, f"public documents that look like those of {owner}", do, {"tokens": asked},
                       (f"data/{PUBLIC}", f"data/{owner}")))
 
 

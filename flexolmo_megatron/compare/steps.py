@@ -76,8 +76,8 @@ class Plan:
             None where a step has no files, or an earlier release, which looked at names and sizes alone, recorded it.
         """
         if name not in self._contents:
-            path, files = self.out / name / RECORD, self.steps[name].files
-            before = read_json(path, "the record of a step").get("contents") if path.exists() else {}
+            files, record = self.steps[name].files, self.recorded(name)
+            before = record.get("contents") if record else {}
             self._contents[name] = None if before is None or not files else {
                 str(file): _content(file, before.get(str(file))) for file in files}
         return self._contents[name]
@@ -86,17 +86,20 @@ class Plan:
         """Number of steps, one after the other, that must be done before."""
         return max((self.level(other) + 1 for other in self.steps[name].inputs), default=0)
 
+    def recorded(self, name: str) -> dict[str, Any]:
+        """Return the record of a step, empty where it has not begun."""
+        path = self.out / name / RECORD
+        return read_json(path, "the record of a step") if path.exists() else {}
+
     def is_done(self, name: str) -> bool:
         """Whether a step is complete.
 
         Raises:
             FlexOlmoError: its folder was made from something else.
         """
-        record = self.out / name / RECORD
-        if not record.exists():
+        found, step = self.recorded(name), self.steps[name]
+        if not found:
             return False
-        found = read_json(record, "the record of a step")
-        step = self.steps[name]
         if found.get("digest") != self.digest(name):
             if step.renewed:
                 return False

@@ -38,16 +38,20 @@ def tokenize(files: Sequence[str], tokenizer: str, text_key: str) -> Work:
     return work
 
 
+def proxy_budget(tokens: int, public_data: Path) -> int:
+    """Return the tokens of an owner's proxies where ``tokens`` are asked for: at least those of twenty documents and at
+    most a fifth of the public data, which is tokenized."""
+    info = json.loads(public_data.with_suffix(".json").read_text())
+    return min(max(tokens, 20 * info["tokens"] // info["documents"]), info["tokens"] // 5)
+
+
 def proxies(owner: Sequence[str], public: Sequence[str], public_data: Path, tokens: int, tokenizer: str,
             text_key: str) -> Work:
-    """An owner's proxies, at least twenty documents and at most a fifth of the public data; then as a Megatron data set
-    ``tokens``."""
+    """An owner's proxies, ``proxy_budget``; then as a Megatron data set ``tokens``."""
     def work(folder: Path) -> None:
         if not (folder / "proxies").exists():
-            info = json.loads(public_data.with_suffix(".json").read_text())
-            budget = min(max(tokens, 20 * info["tokens"] // info["documents"]), info["tokens"] // 5)
-            command("proxy", *owner, "--public", *public, "--out", str(folder / "proxies"), "--tokens", str(budget),
-                    "--tokenizer", tokenizer, "--text-key", text_key)
+            command("proxy", *owner, "--public", *public, "--out", str(folder / "proxies"), "--tokens",
+                    str(proxy_budget(tokens, public_data)), "--tokenizer", tokenizer, "--text-key", text_key)
         tokenize([str(folder / "proxies" / "proxies.jsonl")], tokenizer, "text")(folder)
 
     return work

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from flexolmo_megatron.cli import main
+from flexolmo_megatron.compare import work
 from flexolmo_megatron.compare.config import check_training, load_compare
 from flexolmo_megatron.compare.listing import list_steps
 from flexolmo_megatron.compare.plan import Comparison, build_comparison
@@ -194,6 +195,20 @@ def test_what_cannot_be_loaded_is_found_before_anything_runs(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["compare", config_file, override, "--dry-run"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_proxies_that_would_come_out_the_same_are_kept(config_file: str) -> None:
+    out = Path(config_file).parent / "out"
+    for path, value in (("data/public/tokens.json", {"tokens": 100_000, "documents": 1000}),
+                        ("proxies/math/step.json", {"options": {"tokens": 85}})):
+        (out / path).parent.mkdir(parents=True)
+        (out / path).write_text(json.dumps(value))
+    for asked, recorded in ((1000, 85), (2000, 85), (2001, 2001)):  # at least those of twenty documents, 2000
+        plan = planned(config_file, f"proxy_tokens={asked}", "methods=[flexolmo]").plan
+        assert plan.steps["proxies/math"].options == {"tokens": recorded}
+        assert plan.steps["proxies/code"].options == {"tokens": asked}
+    assert [work.proxy_budget(tokens, out / "data" / "public" / "tokens") for tokens in (5, 5000, 10**6)] == [
+        2000, 5000, 20_000]
 
 
 def test_another_text_key_is_other_data(config_file: str) -> None:
