@@ -13,6 +13,9 @@ _EXAMPLE = """\
 example:
   flexolmo compare examples/compare/small.yaml out=runs/compare public.train=[news.train.jsonl.gz] --dry-run
 
+router rows that start at another model's document embeddings, beside such that start at the anchor's hidden states:
+  flexolmo compare … 'ablations=[trained rows]' 'variants.embedder init={embed.embedder: NAME of the model}'
+
 on several devices (training is data-parallel): torchrun --nproc-per-node N -m flexolmo_megatron.cli compare …
 
 options of CONFIG.yaml and KEY=VALUE:

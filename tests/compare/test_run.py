@@ -5,15 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from flexolmo_megatron.cli import main
 from flexolmo_megatron.compare.config import load_compare
 from flexolmo_megatron.compare.scores import held_out
+from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.evaluation.perplexity import evaluate_documents
 from flexolmo_megatron.inference.model import load_model
+from tests.domain.test_text_models import FakeSentenceTransformer
 from tests.slurm.cluster import Cluster, unavailable
 
 ROOT = Path(__file__).parent.parent.parent
@@ -115,6 +119,18 @@ def test_a_new_variant_is_all_that_is_trained(ran: Path, capsys: pytest.CaptureF
     assert missing == [f"seed_1/{name}" for name in (
         "ablations/no_noise/experts/math", "ablations/no_noise/experts/code", "ablations/no_noise/merged", "scores")
         ] + ["report"]
+
+
+def test_rows_can_start_at_another_models_embeddings(ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("sentence_transformers")
+    module.SentenceTransformer, module.__spec__ = FakeSentenceTransformer, ModuleSpec(module.__name__, None)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    steps = [f"seed_1/ablations/embedder_init/{name}" for name in
+             ("anchor", "vectors/math", "vectors/code", "experts/math", "experts/code", "merged")]
+    assert main(["compare", str(ran), "variants.embedder init={embed.embedder: some/model}",
+                 *(word for step in steps for word in ("--only", step))]) == 0
+    card = open_model(ran.parent / "out" / steps[-1] / "model").card
+    assert all(expert.router["embedder"].startswith("some/model@") for expert in card.experts)
 
 
 def test_other_options_are_refused(ran: Path, capsys: pytest.CaptureFixture) -> None:

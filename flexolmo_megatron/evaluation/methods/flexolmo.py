@@ -20,7 +20,6 @@ ABLATIONS: Mapping[str, str] = {
     "no embedding init": "router rows start at random instead of at a domain vector",
     "no bias": "router rows start at domain vectors and train, without a bias",
     "no embedding init, no bias": "router rows start at random and have no bias",
-    "hidden-state init": "router rows start at the means of the anchor's hidden states, layer by layer",
     "embedder init": "router rows start at the means of another model's document embeddings",
     "centred rows": "router rows start at the difference of the domain vector from the anchor's row",
     "anchor KL": "owners' losses keep the pair near the anchor on public text, half of what they read",
