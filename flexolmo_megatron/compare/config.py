@@ -280,7 +280,7 @@ def _check(config: CompareConfig) -> None:
                                *(("ablations", value, list(ABLATIONS)) for value in config.ablations)):
         if value not in known:
             raise FlexOlmoError(f"{name}: there is no {value!r}{nearest(value, known)}; expected some of "
-                                f"{', '.join(known)}")
+                                f"{', '.join(map(repr, known))}")
     for folder, count in Counter(map(ablation_folder, (*config.ablations, *config.variants))).items():
         if count > 1:
             raise FlexOlmoError(f"ablations, variants: two of them would be in the folder {folder}: expected none "

@@ -175,7 +175,11 @@ def run_steps(plan: Plan, names: Sequence[str], report: Callable[[str], None]) -
         folder = plan.out / name
 
         def begin(name: str = name, folder: Path = folder) -> None:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise FlexOlmoError(f"out = {plan.out}: {folder} cannot be made ({error.strerror}); expected a folder "
+                                    "that can be written") from None
             plan.record(name, None)
 
         on_first_rank(begin)

@@ -123,8 +123,16 @@ def merge(config: DictConfig, values: DictConfig, where: str) -> DictConfig:
     try:
         return OmegaConf.unsafe_merge(config, values)  # no copy
     except OmegaConfBaseException as error:
-        misfit = "" if error.full_key else _misfit(config, OmegaConf.to_container(values), ())
+        misfit = _no_list(values, error) if error.full_key else _misfit(config, OmegaConf.to_container(values), ())
         raise FlexOlmoError(": ".join(filter(None, [where, misfit])) if misfit else reason(where, error)) from None
+
+
+def _no_list(values: DictConfig, error: OmegaConfBaseException) -> str:
+    """Say how a list is written, where OmegaConf speaks of its own types; empty for other errors."""
+    if "is not a ListConfig" not in str(error):
+        return ""
+    value = OmegaConf.select(values, error.full_key)
+    return f"{error.full_key} = {value!r}: expected a list, in brackets: {[value]}"
 
 
 def _misfit(config: DictConfig, values: dict[str, Any], path: tuple[str, ...]) -> str:

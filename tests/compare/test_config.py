@@ -16,6 +16,8 @@ from flexolmo_megatron.errors import FlexOlmoError
     ("setting=papr", "setting: there is no 'papr' (did you mean 'paper'?)"),
     ("ablations=[no bia]", "ablations: there is no 'no bia' (did you mean 'no bias'?)"),
     ("seeds=[1,1]", "seeds = [1, 1]: expected at least one, and none twice"),
+    ("ablations=[x]", "'no bias', 'no embedding init, no bias', 'centred rows'"),
+    ("public.train=a.jsonl", "the command line: public.train = 'a.jsonl': expected a list, in brackets: ['a.jsonl']"),
     ("steps.owner=0", "steps.owner = 0: expected at least 1"),
     ("top_k=4", "top_k = 4: expected 1 to 3, all experts"),
     ("owners={}", "owners is empty"),

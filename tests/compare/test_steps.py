@@ -121,6 +121,12 @@ def test_single_steps_need_their_inputs(tmp_path: Path) -> None:
         workshop.run("e")
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FlexOlmoError, match=rf"out = {tmp_path}/file: {tmp_path}/file/a cannot be made \(Not a direct"):
+        Workshop(tmp_path / "file").run()
+
+
 def test_levels_are_the_longest_ways(tmp_path: Path) -> None:
     plan = Workshop(tmp_path).plan
     assert [plan.level(name) for name in plan.steps] == [0, 1, 2]

@@ -59,6 +59,7 @@ def test_text_is_taken_as_it_stands():
         (["model.num_layers=x"], "model.num_layers: Value 'x' of type 'str' could not be converted to Integer"),
         (["model=[1]"], "the command line: model = [1]: expected a mapping of options"),
         (["data={proxies: [a]}"], "the command line: data.proxies = ['a']: expected a mapping of options"),
+        (["data.train=a"], "the command line: data.train = 'a': expected a list, in brackets: ['a']"),
         (["data.train={a: 1}"], "the command line: data.train = {'a': 1}: expected a list"),
         (["out"], "'out': expected an override of the form key=value"),
         (["=3"], "'=3': expected an override of the form key=value"),
