@@ -1,14 +1,40 @@
-"""Whether what the steps of a comparison need is installed and can be loaded, before the first of them starts."""
+"""Whether a comparison can work, before its first step starts: held-out files are others than the training files, and
+what the steps need is installed and can be loaded."""
 
-from flexolmo_megatron.compare.config import owner_options, public_embed
-from flexolmo_megatron.compare.plan import Comparison
+import filecmp
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexolmo_megatron.compare.config import Texts, owner_options, public_embed
 from flexolmo_megatron.domain.embed import ANCHOR
 from flexolmo_megatron.domain.text_models import check_installed
 from flexolmo_megatron.errors import FlexOlmoError
+from flexolmo_megatron.training.documents import find_files
 from flexolmo_megatron.training.tokenizer import load_tokenizer, tokenizer_spec
 
+if TYPE_CHECKING:
+    from flexolmo_megatron.compare.plan import Comparison
 
-def check_tools(comparison: Comparison) -> None:
+
+def check_held_out(domain: str, texts: Texts) -> None:
+    """Compare the files of valid with those of train; only files of one size are read.
+
+    Raises:
+        FlexOlmoError: a file is in both, or a copy of it.
+    """
+    trained: dict[int, list[Path]] = defaultdict(list)
+    for path in find_files(texts.train):
+        trained[path.stat().st_size].append(path)
+    for path in find_files(texts.valid):
+        size = path.stat().st_size
+        for other in trained[size] if size else ():
+            if filecmp.cmp(path, other, shallow=False):
+                what = "is in train and in valid" if path == other else f"of valid is a copy of {other} of train"
+                raise FlexOlmoError(f"{domain}: {path} {what}: expected other documents in valid")
+
+
+def check_tools(comparison: "Comparison") -> None:
     """Load the tokenizer, unless all documents are tokenized, and look for the packages of embedders.
 
     Raises:

@@ -8,6 +8,7 @@ from typing import Any
 
 from flexolmo_megatron.compare import work
 from flexolmo_megatron.compare.budget import run_flops, run_tokens, step_flops
+from flexolmo_megatron.compare.check import check_held_out
 from flexolmo_megatron.compare.config import (
     ROLES,
     CompareConfig,
@@ -24,7 +25,6 @@ from flexolmo_megatron.compare.steps import Plan, Step
 from flexolmo_megatron.config.card import PUBLIC
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import RouterTrainConfig, TrainConfig
-from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.evaluation.methods import FAMILIES, Method, Models
 from flexolmo_megatron.training.documents import find_files
 
@@ -89,8 +89,7 @@ def build_comparison(config: CompareConfig) -> Comparison:
     comparison = Comparison(config, Plan(Path(config.out)))
     held_out(config, comparison.skipped.append)  # texts that cannot be scored are refused before anything is trained
     for domain, texts in config.domains.items():
-        if seen := set(find_files(texts.train)) & set(find_files(texts.valid)):
-            raise FlexOlmoError(f"{domain}: {min(seen)} is in train and in valid: expected other documents in valid")
+        check_held_out(domain, texts)
         comparison.plan.add(Step(f"data/{domain}", f"tokenize the documents of {domain}",
                                  work.tokenize(texts.train, config.tokenizer, config.text_key),
                                  {"files": _files(texts.train), "tokenizer": config.tokenizer,

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -158,11 +159,14 @@ def test_missing_documents_are_found_before_anything_runs(config_file: str) -> N
         planned(config_file, "owners.math.valid=[nothing.jsonl]")
 
 
-def test_texts_that_cannot_be_scored_are_found_before_anything_runs(config_file: str) -> None:
+def test_texts_that_cannot_be_scored_are_found_before_anything_runs(config_file: str, tmp_path: Path) -> None:
     config = load_compare(config_file, [])
     config.public.valid = config.public.train
     with pytest.raises(FlexOlmoError, match="public: .* is in train and in valid: expected other documents in valid"):
         build_comparison(config)
+    shutil.copy(config.public.train[0], tmp_path / "copy.jsonl")
+    with pytest.raises(FlexOlmoError, match=r"public: \S*/copy.jsonl of valid is a copy of \S*/public.train.jsonl of"):
+        planned(config_file, f"public.valid=[{tmp_path}/copy.jsonl]")
     with pytest.raises(FlexOlmoError, match=r"more or longer documents \(texts are cut at evaluation.max_bytes "
                                             r"= 100\), or evaluation.mixed=false"):
         planned(config_file, "evaluation.max_bytes=100")
