@@ -3,6 +3,7 @@ what the steps need is installed and can be loaded."""
 
 import filecmp
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,20 +18,22 @@ if TYPE_CHECKING:
     from flexolmo_megatron.compare.plan import Comparison
 
 
-def check_held_out(domain: str, texts: Texts) -> None:
-    """Compare the files of valid with those of train; only files of one size are read.
+def check_held_out(domain: str, texts: Texts, proxy_public: Sequence[str]) -> None:
+    """Compare the files of valid with those of train and with those that proxies are picked from; only files of one
+    size are read.
 
     Raises:
         FlexOlmoError: a file is in both, or a copy of it.
     """
-    trained: dict[int, list[Path]] = defaultdict(list)
-    for path in find_files(texts.train):
-        trained[path.stat().st_size].append(path)
+    trained: dict[int, list[tuple[Path, str]]] = defaultdict(list)
+    for name, files in (("train", texts.train), ("proxy_public", proxy_public)):
+        for path in find_files(files):
+            trained[path.stat().st_size].append((path, name))
     for path in find_files(texts.valid):
         size = path.stat().st_size
-        for other in trained[size] if size else ():
+        for other, name in trained[size] if size else ():
             if filecmp.cmp(path, other, shallow=False):
-                what = "is in train and in valid" if path == other else f"of valid is a copy of {other} of train"
+                what = f"is in {name} and in valid" if path == other else f"of valid is a copy of {other} of {name}"
                 raise FlexOlmoError(f"{domain}: {path} {what}: expected other documents in valid")
 
 

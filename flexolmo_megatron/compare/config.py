@@ -125,6 +125,9 @@ class CompareConfig:
     """Of router tuning."""
     embed: dict[str, Any] = field(default_factory=dict)
     """Options of `flexolmo embed` for all domain vectors, for example {embedder: anchor, scale: 2, documents: 1000}."""
+    proxy_public: list[str] = field(default_factory=list)
+    """Public documents that owners' proxies are picked from, given like train; by default those of public.train. Tuning
+    gains where some of them are like the owners' documents."""
     proxy_tokens: int | None = None
     """Budget of each owner's proxies, by default what router tuning reads of each; in any case at least that of twenty
     documents and at most a fifth of the public data."""

@@ -26,7 +26,7 @@ from flexolmo_megatron.config.card import PUBLIC
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import RouterTrainConfig, TrainConfig
 from flexolmo_megatron.evaluation.methods import FAMILIES, Method, Models
-from flexolmo_megatron.training.documents import find_files
+from flexolmo_megatron.training.documents import check_apart, find_files
 
 DENSE_FAMILIES = ("dense", "soup", "btm", "prompt routing", "btx")
 """Families of methods that are made of the owners' dense models."""
@@ -89,7 +89,7 @@ def build_comparison(config: CompareConfig) -> Comparison:
     comparison = Comparison(config, Plan(Path(config.out)))
     held_out(config, comparison.skipped.append)  # texts that cannot be scored are refused before anything is trained
     for domain, texts in config.domains.items():
-        check_held_out(domain, texts)
+        check_held_out(domain, texts, config.proxy_public)
         comparison.plan.add(Step(f"data/{domain}", f"tokenize the documents of {domain}",
                                  work.tokenize(texts.train, config.tokenizer, config.text_key),
                                  {"files": _files(texts.train), "tokenizer": config.tokenizer,
@@ -123,9 +123,13 @@ def _add_proxies(comparison: Comparison) -> None:
         if not public.with_suffix(".json").exists() or (
                 work.proxy_budget(asked, public) != work.proxy_budget(tokens, public)):
             asked = tokens  # otherwise the same proxies, whatever was asked for
-        do = work.proxies(texts.train, config.public.train, public, asked, config.tokenizer, config.text_key)
-        plan.add(Step(name, f"public documents that look like those of {owner}", do, {"tokens": asked},
-                      (f"data/{PUBLIC}", f"data/{owner}")))
+        pool = find_files(config.proxy_public)
+        check_apart(find_files(texts.train), pool)
+        do = work.proxies(texts.train, config.proxy_public or config.public.train, public, asked, config.tokenizer,
+                          config.text_key)
+        options = {"tokens": asked} | ({"files": _files(config.proxy_public)} if pool else {})
+        plan.add(Step(name, f"public documents that look like those of {owner}", do, options,
+                      (f"data/{PUBLIC}", f"data/{owner}"), files=tuple(pool)))
 
 
 class _Seed:

@@ -25,11 +25,13 @@ def write_documents(path: Path, domain: str, count: int, seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with DOMAIN.train.jsonl and DOMAIN.valid.jsonl."""
+    """Folder with DOMAIN.train.jsonl and DOMAIN.valid.jsonl, and pool.jsonl of documents of all domains."""
     folder = tmp_path_factory.mktemp("texts")
     for domain in WORDS:
         write_documents(folder / f"{domain}.train.jsonl", domain, 40, 0)
         write_documents(folder / f"{domain}.valid.jsonl", domain, 6, 1)
+        write_documents(folder / f"{domain}.pool", domain, 30, 2)
+    (folder / "pool.jsonl").write_text("".join((folder / f"{domain}.pool").read_text() for domain in WORDS))
     return folder
 
 
@@ -52,6 +54,7 @@ steps: {{public: 4, owner: 3, router: 2}}
 ablations: [no coordination, centred rows, calibrated temperature]
 train: {{data.seq_length: 32, micro_batch_size: 4, global_batch_size: 4}}
 embed: {{documents: 10, max_tokens: 32}}
+proxy_public: [{texts}/pool.jsonl]
 evaluation: {{max_bytes: 2000, classifier_documents: 20}}
 """)
     return path

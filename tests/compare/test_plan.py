@@ -167,6 +167,10 @@ def test_texts_that_cannot_be_scored_are_found_before_anything_runs(config_file:
     shutil.copy(config.public.train[0], tmp_path / "copy.jsonl")
     with pytest.raises(FlexOlmoError, match=r"public: \S*/copy.jsonl of valid is a copy of \S*/public.train.jsonl of"):
         planned(config_file, f"public.valid=[{tmp_path}/copy.jsonl]")
+    with pytest.raises(FlexOlmoError, match="math: .*math.valid.jsonl is in proxy_public and in valid: expected other"):
+        planned(config_file, f"proxy_public={config.owners['math'].valid}")
+    with pytest.raises(FlexOlmoError, match=r"math.train.jsonl is named both as the owner's and as public"):
+        planned(config_file, f"proxy_public={config.owners['math'].train}", "methods=[flexolmo]")
     with pytest.raises(FlexOlmoError, match=r"more or longer documents \(texts are cut at evaluation.max_bytes "
                                             r"= 100\), or evaluation.mixed=false"):
         planned(config_file, "evaluation.max_bytes=100")
@@ -209,8 +213,9 @@ def test_proxies_that_would_come_out_the_same_are_kept(config_file: str) -> None
         (out / path).write_text(json.dumps(value))
     for asked, recorded in ((1000, 85), (2000, 85), (2001, 2001)):  # at least those of twenty documents, 2000
         plan = planned(config_file, f"proxy_tokens={asked}", "methods=[flexolmo]").plan
-        assert plan.steps["proxies/math"].options == {"tokens": recorded}
-        assert plan.steps["proxies/code"].options == {"tokens": asked}
+        assert plan.steps["proxies/math"].options["tokens"] == recorded
+        assert plan.steps["proxies/code"].options["tokens"] == asked
+        assert [path.name for path in plan.steps["proxies/code"].files] == ["pool.jsonl"]
     assert [work.proxy_budget(tokens, out / "data" / "public" / "tokens") for tokens in (5, 5000, 10**6)] == [
         2000, 5000, 20_000]
 

@@ -17,6 +17,7 @@ from flexolmo_megatron.compare.scores import held_out
 from flexolmo_megatron.convert.model import open_model
 from flexolmo_megatron.evaluation.perplexity import evaluate_documents
 from flexolmo_megatron.inference.model import load_model
+from tests.compare.conftest import WORDS
 from tests.domain.test_text_models import FakeSentenceTransformer
 from tests.slurm.cluster import Cluster, unavailable
 
@@ -89,6 +90,13 @@ def test_report_has_tables_and_pictures(ran: Path) -> None:
         "active_experts_tuned.png", "opt_out.png", "opt_out_tuned.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in report.glob("*.png"))
     assert "## Opt-outs" in (report / "table.md").read_text()
+
+
+def test_proxies_are_picked_from_the_documents_that_are_named(ran: Path) -> None:
+    proxies = (ran.parent / "out" / "proxies" / "math" / "proxies" / "proxies.jsonl").read_text().splitlines()
+    words = [json.loads(line)["text"].split()[0] for line in proxies]
+    assert all(json.loads(line)["source"].startswith("pool.jsonl:") for line in proxies)
+    assert set(words) <= set(WORDS["math"].split())
 
 
 def test_a_second_start_does_nothing(ran: Path, capsys: pytest.CaptureFixture) -> None:
