@@ -16,7 +16,7 @@ from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 from flexolmo_megatron.errors import FlexOlmoError
-from flexolmo_megatron.files import read_json, write_json
+from flexolmo_megatron.files import TEMPORARY_SUFFIX, read_json, write_json
 from flexolmo_megatron.shards import require_datatrove
 from flexolmo_megatron.training.progress import DocumentProgress
 
@@ -76,7 +76,7 @@ def open_state(out: Path, plan: dict[str, Any], files: dict[str, Sequence[Path]]
         files: input files that it depends on, by the name of their kind.
 
     Raises:
-        FlexOlmoError: the folder is of a run with another plan, or cannot be made.
+        FlexOlmoError: the folder is of a run with another plan or of something else, or cannot be made.
     """
     folder = out.absolute().with_name(f"{out.name}.state")
     identities = {kind: [file_identity(path) for path in paths] for kind, paths in files.items()}
@@ -92,6 +92,9 @@ def open_state(out: Path, plan: dict[str, Any], files: dict[str, Sequence[Path]]
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FlexOlmoError(f"cannot make the folder {folder}: {error.strerror}") from error
+        if any(path.suffix != TEMPORARY_SUFFIX for path in folder.iterdir()):
+            raise FlexOlmoError(f"{folder} is no folder of an earlier start, and would be removed at the end: expected "
+                                "another output, or none of that name")
         write_json(folder / _PLAN, plan)
     return folder
 
@@ -104,7 +107,7 @@ def kept_if_begun(state: Path) -> Iterator[None]:
         yield
     except (FlexOlmoError, KeyboardInterrupt):
         if not any(state.glob("**/completions/*")) and not any(state.glob(f"**/{SCRIPT}")):
-            rmtree(state)
+            rmtree(state, ignore_errors=True)
         raise
 
 

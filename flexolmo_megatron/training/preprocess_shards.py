@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from flexolmo_megatron.files import read_json
 from flexolmo_megatron.shards import require_datatrove
-from flexolmo_megatron.shards.run import Where, open_state, progress_folder, run_shards
+from flexolmo_megatron.shards.run import Where, kept_if_begun, open_state, progress_folder, run_shards
 from flexolmo_megatron.training.documents import BadDocuments
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def tokenize_in_shards(files: Sequence[Path], out: Path, outputs: "Sequence[Outp
                        {"files": files})
     reader = ReadDocuments(files, 1, text_key, bad.limit, progress_folder(state))
     step = Tokenize(state, reader, tokenizer, len(outputs), valid_share, seed)
-    run_shards([reader, step], len(files), state, where, "tokenizing")
+    with kept_if_begun(state):
+        run_shards([reader, step], len(files), state, where, "tokenizing")
     for shard in range(len(files)):
         bad.counts.update(read_json(step.folder(shard) / BAD, "counts of unusable documents"))
     bad.check()

@@ -12,7 +12,7 @@ from flexolmo_megatron.domain.proxy_state import ProxyState
 from flexolmo_megatron.domain.proxy_steps import SaveScores
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.shards.documents import ReadDocuments, by_chunk, progress_of
-from flexolmo_megatron.shards.run import Where, progress_folder, run_shards
+from flexolmo_megatron.shards.run import Where, open_state, progress_folder, run_shards
 from flexolmo_megatron.shards.slurm import SlurmOptions, load_slurm_options
 from flexolmo_megatron.training import document_pool
 
@@ -47,6 +47,17 @@ def test_parts_are_the_whole(corpus, tmp_path):
         assert {tuple(document.id for document in batch) for batch in batches} == {
             tuple(document.id for document in batch) for batch in by_chunk(iter(whole))}
     assert sum((one.bad.counts for one in readers), Counter()) == {"broken JSON": 1}
+
+
+def test_a_folder_of_something_else_is_left_alone(corpus, tmp_path):
+    folder = tmp_path / "out.state"
+    folder.mkdir()
+    (folder / ".plan.json.host.1.partial").touch()  # of a start that was killed
+    assert open_state(tmp_path / "out", {}, {"files": corpus}) == folder
+    (folder / "plan.json").rename(folder / "thesis.txt")
+    with pytest.raises(FlexOlmoError, match=r"out.state is no folder of an earlier start, and would be removed"):
+        open_state(tmp_path / "out", {}, {"files": corpus})
+    assert (folder / "thesis.txt").exists()
 
 
 def test_scores_of_parts_are_joined_in_the_order_of_the_file(corpus, tmp_path):
