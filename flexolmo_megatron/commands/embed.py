@@ -15,11 +15,7 @@ if TYPE_CHECKING:
 
     from flexolmo_megatron.convert.lazy import LazyModel
     from flexolmo_megatron.domain.embed import Embedder
-    from flexolmo_megatron.domain.privacy import GaussianMechanism
     from flexolmo_megatron.domain.vector import DomainVector
-
-_DELTA, _CLIP = 1e-6, 1.0
-"""Where --epsilon is given without them."""
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -75,30 +71,17 @@ def register(subparsers: argparse._SubParsersAction) -> None:
                          help="turns it on: the larger, the less noise and the less private; replacing one document "
                               "changes the chance of any outcome by a factor of at most exp(E), up to --delta")
     privacy.add_argument("--delta", type=float, metavar="D",
-                         help=f"should be far below 1 / number of documents (default: {_DELTA:g})")
+                         help="should be far below 1 / number of documents (default: 1e-6)")
     privacy.add_argument("--clip", type=float, metavar="NORM",
                          help="longest row of a document's embedding; longer ones are shortened. The default is "
                               "the norm of what other embedders give; with the anchor it averages directions alone "
-                              f"(default: {_CLIP:g})")
+                              "(default: 1)")
     parser.add_argument("--publish", metavar="DIR",
                         help="also write the published anchor, a FlexOlmo model with one expert, to this new directory")
     parser.add_argument("--format", choices=("hf", "megatron"), default="hf",
                         help="of the published anchor: hf is safetensors and JSON alone, which also other programs "
                              "open without running code (default: %(default)s)")
     parser.set_defaults(run=run)
-
-
-def _privacy(args: argparse.Namespace) -> "GaussianMechanism | None":
-    from flexolmo_megatron.domain.privacy import GaussianMechanism
-
-    if args.epsilon is not None:
-        return GaussianMechanism(args.epsilon, _DELTA if args.delta is None else args.delta,
-                                 _CLIP if args.clip is None else args.clip)
-    for name in ("delta", "clip"):
-        if getattr(args, name) is not None:
-            raise FlexOlmoError(f"--{name} {getattr(args, name):g} is about noise, which --epsilon asks for: expected "
-                                "that, too")
-    return None
 
 
 def _check_targets(args: argparse.Namespace, anchor: "LazyModel") -> None:
@@ -118,8 +101,6 @@ def _check_targets(args: argparse.Namespace, anchor: "LazyModel") -> None:
     if args.centre and (card.kind == "dense" or args.publish):
         raise FlexOlmoError(f"--centre compares with the rows of a published anchor: expected one, without --publish; "
                             f"{args.anchor} is a {card.kind} model")
-    if args.max_bad < 0:
-        raise FlexOlmoError(f"--max-bad {args.max_bad}: expected a number of at least 0")
     if args.public:
         check_apart(find_files(args.docs), find_files(args.public))
     check_options(args.documents, args.seed, args.max_tokens, args.batch_size, args.scale)
@@ -191,11 +172,12 @@ def run(args: argparse.Namespace) -> None:
 
     from flexolmo_megatron.convert.model import open_model, save_model
     from flexolmo_megatron.domain.embed import domain_vector, open_embedder
+    from flexolmo_megatron.domain.privacy import chosen_mechanism
     from flexolmo_megatron.domain.publish import dense_digest, publish_anchor
     from flexolmo_megatron.domain.vector import save_vector
     from flexolmo_megatron.exchange.digest import model_digest
 
-    privacy = _privacy(args)
+    privacy = chosen_mechanism(args.epsilon, args.delta, args.clip)
     anchor = open_model(args.anchor)
     _check_targets(args, anchor)
     texts = _sample(args, args.docs)

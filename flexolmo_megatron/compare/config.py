@@ -337,10 +337,12 @@ def _check_decided(config: CompareConfig) -> None:
 def _check_embed(embed: Mapping[str, Any], where: str) -> None:
     """Check options of `flexolmo embed` as that command does."""
     from flexolmo_megatron.domain.embed import check_options
+    from flexolmo_megatron.domain.privacy import chosen_mechanism
 
     options = {key: value for key, value in embed.items() if key != "discriminant"}
     given = parse_words(["embed", "docs", "--anchor", "anchor", "--out", "out", *as_words(options)], where)
     check_options(given.documents, given.seed, given.max_tokens, given.batch_size, given.scale)
+    chosen_mechanism(given.epsilon, given.delta, given.clip)
 
 
 def check_training(configs: Mapping[str, TrainConfig], processes: int) -> None:

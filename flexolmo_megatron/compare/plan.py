@@ -90,10 +90,11 @@ def build_comparison(config: CompareConfig) -> Comparison:
     held_out(config, comparison.skipped.append)  # texts that cannot be scored are refused before anything is trained
     for domain, texts in config.domains.items():
         check_held_out(domain, texts, config.proxy_public)
+        files = find_files(texts.train)
         comparison.plan.add(Step(f"data/{domain}", f"tokenize the documents of {domain}",
                                  work.tokenize(texts.train, config.tokenizer, config.text_key),
-                                 {"files": _files(texts.train), "tokenizer": config.tokenizer,
-                                  "text_key": config.text_key}, files=tuple(find_files(texts.train))))
+                                 {"files": _sizes(files), "tokenizer": config.tokenizer,
+                                  "text_key": config.text_key}, files=tuple(files)))
     chosen = comparison.families
     tunes = "flexolmo" in chosen and config.steps.router > 0
     if tunes:
@@ -107,27 +108,25 @@ def build_comparison(config: CompareConfig) -> Comparison:
     return comparison
 
 
-def _files(patterns: Sequence[str]) -> list[list[Any]]:
-    """Names and sizes."""
-    return [[str(path), path.stat().st_size] for path in find_files(patterns)]
+def _sizes(files: Sequence[Path]) -> list[list[Any]]:
+    return [[str(path), path.stat().st_size] for path in files]
 
 
 def _add_proxies(comparison: Comparison) -> None:
     config, plan = comparison.config, comparison.plan
     router = training_config(config, "router", {"train_iters": config.steps.router})
     tokens = config.proxy_tokens or run_tokens(router) // (len(config.owners) + 1)
-    public = plan.out / "data" / PUBLIC / "tokens"
+    public, pool = plan.out / "data" / PUBLIC / "tokens", find_files(config.proxy_public)
     for owner, texts in config.owners.items():
         name = f"proxies/{owner}"
         asked = plan.recorded(name).get("options", {}).get("tokens", tokens)
         if not public.with_suffix(".json").exists() or (
                 work.proxy_budget(asked, public) != work.proxy_budget(tokens, public)):
             asked = tokens  # otherwise the same proxies, whatever was asked for
-        pool = find_files(config.proxy_public)
         check_apart(find_files(texts.train), pool)
         do = work.proxies(texts.train, config.proxy_public or config.public.train, public, asked, config.tokenizer,
                           config.text_key)
-        options = {"tokens": asked} | ({"files": _files(config.proxy_public)} if pool else {})
+        options = {"tokens": asked} | ({"files": _sizes(pool)} if pool else {})
         plan.add(Step(name, f"public documents that look like those of {owner}", do, options,
                       (f"data/{PUBLIC}", f"data/{owner}"), files=tuple(pool)))
 
@@ -264,7 +263,8 @@ class _Seed:
                 models["tuned"] = self.path(made[-1], "run")
         models["ablations"] = {}
         names = [*config.ablations, *config.variants] if "ablations" in self.chosen else []
-        for name in (name for name in names if name not in self.comparison.same):
+        same = self.comparison.same
+        for name in (name for name in names if name not in same):
             options, calibrated = owner_options(config, name), is_calibrated(config, name)
             folder = ablation_folder(name)
             its_anchor, vectors = anchor, "vectors"
@@ -324,14 +324,14 @@ class _Seed:
 
     def add_scores(self, inputs: Sequence[str]) -> None:
         config, comparison, seed = self.config, self.comparison, self.seed
+        files = {domain: find_files(texts.valid) for domain, texts in config.domains.items()}
         options = {"families": list(self.chosen), "evaluation": asdict(config.evaluation),
                    "ablations": list(comparison.models[seed].ablations),
-                   "files": {domain: _files(texts.valid) for domain, texts in config.domains.items()},
+                   "files": {domain: _sizes(paths) for domain, paths in files.items()},
                    "text_key": config.text_key}
         comparison.scores[seed] = self.plan.add(Step(
             f"{self.prefix}/scores", "evaluate all methods", lambda folder: score(comparison, seed, folder), options,
-            tuple(inputs), renewed=True,
-            files=tuple(path for texts in config.domains.values() for path in find_files(texts.valid))))
+            tuple(inputs), renewed=True, files=tuple(path for paths in files.values() for path in paths)))
 
 
 def _chosen(config: TrainConfig) -> dict[str, Any]:

@@ -21,6 +21,9 @@ import numpy as np
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.untrusted import shown
 
+DEFAULT_DELTA, DEFAULT_CLIP = 1e-6, 1.0
+"""Where an epsilon is given without them; the command's help says so, too."""
+
 
 @dataclass(frozen=True)
 class GaussianMechanism:
@@ -52,6 +55,21 @@ class GaussianMechanism:
         result = np.where(finite[:, None, None], embeddings, 0).astype(np.float64)
         norms = np.linalg.norm(result, axis=2, keepdims=True)
         return result * np.minimum(1, self.clip / np.maximum(norms, self.clip))
+
+
+def chosen_mechanism(epsilon: float | None, delta: float | None, clip: float | None) -> GaussianMechanism | None:
+    """Return what the options of `flexolmo embed` ask for; None for no noise.
+
+    Raises:
+        FlexOlmoError: an impossible value, or options that say nothing without an epsilon.
+    """
+    if epsilon is not None:
+        return GaussianMechanism(epsilon, DEFAULT_DELTA if delta is None else delta,
+                                 DEFAULT_CLIP if clip is None else clip)
+    for name, value in (("delta", delta), ("clip", clip)):
+        if value is not None:
+            raise FlexOlmoError(f"--{name} {value:g} is about noise, which --epsilon asks for: expected that, too")
+    return None
 
 
 def gaussian_delta(sigma: float, epsilon: float) -> float:

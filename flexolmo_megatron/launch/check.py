@@ -8,6 +8,7 @@ from flexolmo_megatron.config.card import check_published
 from flexolmo_megatron.config.layout import ModelKind, check_layout, data_parallel_size
 from flexolmo_megatron.config.model import ModelConfig
 from flexolmo_megatron.config.train import ExpertConfig, TrainConfig
+from flexolmo_megatron.domain.privacy import chosen_mechanism
 from flexolmo_megatron.domain.vector import load_vector
 from flexolmo_megatron.errors import FlexOlmoError
 from flexolmo_megatron.launch.config import LaunchConfig, expert_names, published_anchor
@@ -28,9 +29,11 @@ def check_arguments(config: LaunchConfig, stages: dict[str, list[str]]) -> None:
     """
     embed = ["embed", "docs", "--anchor", "a", "--out", "o", *config.embed_arguments]
     if {"anchor", "experts"} & set(stages):
-        parse_words(embed, "embed_arguments")
+        words = parse_words(embed, "embed_arguments")
+        chosen_mechanism(words.epsilon, words.delta, words.clip)
     if config.experts and "experts" in stages:
         words = parse_words([*embed, *config.experts.embed_arguments], "experts.embed_arguments")
+        chosen_mechanism(words.epsilon, words.delta, words.clip)
         for name in stages["experts"]:
             _check_drift(training_config(config, "experts", name).expert, bool(words.public), f"experts.each.{name}")
     if config.merge and {"merge", "router"} & set(stages):

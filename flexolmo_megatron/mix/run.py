@@ -44,8 +44,6 @@ def mix(recipe: Recipe, sources: Mapping[str, Sequence[str]], out: str | os.Path
         FlexOlmoError: an unknown source, bad input, or what a filter needs is missing, in all documents or at all.
     """
     require_datatrove("flexolmo mix")
-    if max_bad < 0:
-        raise FlexOlmoError(f"--max-bad {max_bad}: expected a number of at least 0")
     for name in sources:
         if name not in recipe.sources:
             raise FlexOlmoError(f"--source {name}: recipe {recipe.name} has no such source"

@@ -55,6 +55,10 @@ class BadDocuments:
     first: list[Bad] = field(default_factory=list)
     """The first few, to be shown."""
 
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise FlexOlmoError(f"--max-bad {self.limit}: expected a number of at least 0")
+
     def add(self, bad: Bad) -> None:
         """Count one.
 

@@ -163,8 +163,7 @@ def preprocess(inputs: Sequence[str], out: str | Path, *, tokenizer: dict[str, s
     """
     if workers < 1:
         raise FlexOlmoError(f"--workers {workers}: expected a number of at least 1")
-    if max_bad < 0:
-        raise FlexOlmoError(f"--max-bad {max_bad}: expected a number of at least 0")
+    bad = BadDocuments(max_bad)
     if not 0 <= valid_share < 1:
         raise FlexOlmoError(f"--valid-share {valid_share}: expected a number from 0 to below 1, as in 0.05")
     files = find_files(inputs)
@@ -176,7 +175,6 @@ def preprocess(inputs: Sequence[str], out: str | Path, *, tokenizer: dict[str, s
         if path.exists():
             raise FlexOlmoError(f"{path} already exists; name another --out or remove it first")
     loaded = load_tokenizer(tokenizer)
-    bad = BadDocuments(max_bad)
     state = None
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(appear_together(paths))

@@ -28,6 +28,7 @@ from flexolmo_megatron.errors import FlexOlmoError
     ("embed.sclae=2", "embed: unrecognized arguments: --sclae 2"),
     ("embed.scale=-1", "--scale -1.0: expected a number above 0"),
     ("embed.documents=abc", "embed: argument --documents: invalid int value: 'abc'"),
+    ("embed.delta=1e-9", "--delta 1e-09 is about noise, which --epsilon asks for"),
     ("embed.max_tokens=0", "--max-tokens 0: expected a number of at least 1"),
     ("variants.x={embed.foo: 1}", "variants.x: unrecognized arguments: --foo 1"),
     ("evaluation.max_bytes=0", "evaluation.max_bytes = 0: expected at least 1"),

@@ -79,6 +79,8 @@ def test_bad_input_is_a_sentence(folder, tmp_path, capsys):
     refused("out already exists", folder / "merged", "--out", folder / "out")
     refused("a moe model with 3 experts and a tuned router: expected a merged model", folder / "out", "--out",
             tmp_path / "x")
+    refused("--max-bad -1: expected a number of at least 0", folder / "merged", "--max-bad", -1, "--out",
+            tmp_path / "x")
     refused("temperatures = [0.0]: expected numbers above 0", folder / "merged", "--out", tmp_path / "x",
             "--temperatures", 0)
     refused("--max-bytes 0: expected at least 1", folder / "merged", "--out", tmp_path / "x", "--max-bytes", 0)

@@ -60,6 +60,7 @@ from tests.slurm.cluster import unavailable
     (["embed_arguments=[--sclae, '2']"], "embed_arguments: unrecognized arguments: --sclae 2"),
     (["experts.options=[global_batch_size=32, expert.drift_coeff=0.01]"],
      "out/experts/code/domain.npz: expected a file from `flexolmo embed --public` (experts.embed_arguments), or 0"),
+    (["experts.embed_arguments=[--clip, '2']"], "--clip 2 is about noise, which --epsilon asks for"),
     (["experts.embed_arguments=[--scale, x]"], "experts.embed_arguments: argument --scale: invalid float value: 'x'"),
     (["merge.merge_arguments=[--topk, '2']"], "merge.merge_arguments: unrecognized arguments: --topk"),
     (["merge.eval_arguments=[--help]"], "merge.eval_arguments: expected options that run it"),
